@@ -34,6 +34,38 @@ connection, (cid, _) = server.accept()
 print(cid, connection.recv(9).decode(), running.wait(), flush=True)
 sys.stdin.read()
 """
+#: Makes sockets for ever, and notes each failure; tells that it has begun.
+LOOP = """
+import socket, sys
+with open(sys.argv[1], "a", buffering=1) as seen:
+    socket.socket(socket.AF_VSOCK).close()
+    open(sys.argv[2], "a").write("begun")
+    while True:
+        try:
+            socket.socket(socket.AF_VSOCK).close()
+        except OSError as error:
+            print(error, file=seen)
+"""
+#: Requests that no vsock run makes; the last program gets a message that none sends.
+MALFORMED = """
+import os, socket, vsockets.cli.delegation as one
+def connect():
+    channel = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    channel.connect(os.environ[one.LAUNCHER])
+    return channel
+connect().close()
+connect().send(b"r")
+for text in (b"", b"[]", b"{}", b"[" * 100_000, b'{"pid": 1}'):
+    with connect() as channel, os.fdopen(os.memfd_create("x"), "w+b", buffering=0) as file:
+        file.write(text)
+        socket.send_fds(channel, [b"r"], [0, file.fileno()])
+        channel.recv(9)
+for message in (b"x", one.MESSAGE.pack(one.SIGNAL, 999)):
+    with connect() as channel:
+        one._send_request(channel, {"program": ["sleep", "600"], "cid": 3})
+        channel.recv(9)
+        channel.send(message)
+"""
 
 
 def is_running(pid: int) -> bool:
@@ -122,8 +154,7 @@ def test_a_killed_run_leaves_nothing(alone: Vsock, number: signal.Signals) -> No
     running.process.send_signal(number)
     assert running.process.wait(PATIENCE) == -number
     if number is signal.SIGKILL:  # the others wait for all to be removed
-        wait_until(lambda: not folder.exists(), "the folder to be removed")
-        os.kill(pid, signal.SIGKILL)  # what the command left in the background
+        wait_until(lambda: not folder.exists() and not is_running(pid), "all to be removed")
     else:
         assert not is_running(pid)
         assert not folder.exists()
@@ -134,6 +165,74 @@ def test_programs_left_in_a_guest_end_with_the_command(alone: Vsock) -> None:
     pid, folder = left_by(alone("fabric", "--", "sh", "-c", script).stdout)
     assert not is_running(pid)
     assert not folder.exists()
+
+
+@pytest.mark.parametrize("where", ["", f"{VSOCK} run --cid 3"], ids=["host", "guest"])
+def test_programs_left_have_sockets_to_their_end(alone: Vsock, tmp_path: Path, where: str) -> None:
+    """A supervisor outlives them: without one the kernel would answer with ENOSYS."""
+    seen, begun = tmp_path / "seen", tmp_path / "begun"
+    (tmp_path / "loop.py").write_text(LOOP)
+    loop = f"{sys.executable} {tmp_path}/loop.py {seen} {begun}"
+    script = f"for i in 1 2 3 4; do {loop} & done; until [ -s {begun} ]; do sleep 0.02; done"
+    alone("fabric", "--", "sh", "-c", f"{where} sh -c {shlex.quote(script)}")
+    assert begun.exists()
+    assert seen.read_text() == ""
+
+
+def test_a_fabric_works_as_process_1(alone: Vsock) -> None:
+    """As in a container without an init: the keeper is a child of the command's process."""
+    unshare = ["unshare", "--pid", "--fork", "--mount-proc"]
+    unshare += ["--user", "--map-root-user"] * bool(os.geteuid())
+    if (
+        shutil.which("unshare") is None
+        or subprocess.run([*unshare, "true"], check=False).returncode
+    ):
+        pytest.skip("needs a pid namespace")
+    done = subprocess.run(
+        [*unshare, *PROGRAM, "fabric", "--", "sh", "-c", "sleep 600 & echo $VSOCKETS_DIR; exit 7"],
+        env=alone.environment,
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE,
+        check=False,
+    )
+    assert done.returncode == 7, done
+    assert "the command ended with status 7; vsockd's log:" in done.stderr
+    assert not Path(done.stdout.strip()).parent.exists()
+
+
+def test_a_killed_keeper_leaves_nothing(alone: Vsock) -> None:
+    script = f"""
+        {VSOCK} run --cid 3 sh -c '
+            sleep 600 >/dev/null & echo $! $VSOCKETS_DIR; exec sleep 600 >/dev/null' &
+        {VSOCK} run --cid 4 sh -c 'sleep 600 >/dev/null & echo $! $VSOCKETS_DIR'
+        {LEAVES}
+    """
+    running = alone.start("fabric", "--", "sh", "-c", script)
+    left = [left_by(running.read_line()) for _ in range(3)]
+    _, folder = left[0]
+    vsockd = int((folder / "fabric/vsockd.lock").read_text())
+    stat = Path(f"/proc/{vsockd}/stat").read_text()
+    os.kill(int(stat.rpartition(")")[2].split()[1]), signal.SIGKILL)
+    assert "the process that kept the fabric was killed" in running.finish(expect=1)[1]
+    assert not folder.exists()
+    assert not is_running(vsockd)
+    wait_until(lambda: not any(is_running(pid) for pid, _ in left), "the programs to end")
+
+
+def test_the_status_stays_the_commands_when_the_log_cannot_be_printed(alone: Vsock) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    running = alone.start("fabric", "--", "sh", "-c", "exit 7", stderr=writer)
+    os.close(writer)
+    assert running.process.wait(PATIENCE) == 7
+
+
+def test_malformed_requests_do_not_end_the_fabric(alone: Vsock, tmp_path: Path) -> None:
+    program = tmp_path / "malformed.py"
+    program.write_text(MALFORMED)
+    script = f"{sys.executable} {program} && {VSOCK} run --cid 3 echo works"
+    assert alone("fabric", "--", "sh", "-c", script).stdout == "works\n"
 
 
 def test_signals_and_descriptors_reach_a_program_of_vsock_run(alone: Vsock, tmp_path: Path) -> None:
@@ -170,7 +269,13 @@ def test_command_lines_that_cannot_be_run(alone: Vsock) -> None:
     alone.fail(
         ("fabric --hybrid 5 true", 2, "invalid guest and path: '5' (expected CID=PATH)"),
         ("fabric --hybrid 5=/tmp/a --hybrid 5=/tmp/b true", 2, "a guest has one path"),
-        ("fabric --guest host true", 1, "cid: 2 is out of range"),
+        ("fabric --guest host true", 2, "'host' is not a guest (expected a CID from 3 to "),
+        ("fabric --hybrid host=/tmp/a true", 2, "'host' is not a guest (expected a CID from "),
+        (
+            "fabric --hybrid 5=/missing/a true",
+            1,
+            "vsock: hybrid: /missing/a: /missing: No such file or directory\n",
+        ),
         ("--dir /tmp fabric true", 2, "--dir has no effect"),
     )
     nested = alone("fabric", *PROGRAM, "fabric", "true", expect=1)

@@ -530,6 +530,16 @@ def test_the_default_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> 
     assert default_configuration_folder() == Path("/y/z")
 
 
+def test_a_folder_that_cannot_be_read(tmp_path: Path) -> None:
+    """As root's home is for another user, whose HOME names it."""
+    if os.geteuid() == 0:
+        (tmp_path / "vsock").write_text("")  # root reads every folder
+    else:
+        (tmp_path / "vsock").mkdir(mode=0o300)
+    with pytest.raises(ConfigurationError, match=r"VSOCKETS_CONFIG .* HOME: these must be this"):
+        load(tmp_path / "vsock")
+
+
 def test_the_documented_example() -> None:
     """A vsockd of any user starts with it."""
     page = Path(__file__).parents[2] / "docs" / "configuration.md"

@@ -161,7 +161,9 @@ def test_a_service_is_started_by_its_manager_only(folder: Path, number: int) -> 
             control.add_context(3, profile="restricted")
         process.send_signal(number)
         process.wait(PATIENCE)
-        assert "vsockd was started as a service" in use(folder).stderr
+        said = use(folder).stderr
+        assert "vsockd was started as a service" in said
+        assert f"or remove {folder}/vsockd.start to allow" in said
     with service(folder), Control(folder) as control:
         assert control.add_context(3)["profile"] == "restricted"
         control.stop()  # by an administrator: for good

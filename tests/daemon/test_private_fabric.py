@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -127,6 +128,22 @@ def test_the_blocks_own_exception_takes_precedence() -> None:
     with pytest.raises(KeyError), PrivateFabric() as fabric:
         (fabric.folder / "notes").write_text("")
         raise KeyError("mine")
+
+
+def test_vsockd_ends_with_a_killed_test_run() -> None:
+    program = """if True:
+        import time, vsockets.testing
+        with vsockets.testing.PrivateFabric() as fabric:
+            print(fabric.pid, fabric.folder, flush=True)
+            time.sleep(600)
+    """
+    with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE) as run:
+        assert run.stdout is not None
+        pid, folder = run.stdout.readline().decode().split()
+        run.kill()
+    wait_until(lambda: has_gone(int(pid)), "vsockd to end")
+    assert os.listdir(folder) == []
+    shutil.rmtree(Path(folder).parent)
 
 
 def test_waiting() -> None:

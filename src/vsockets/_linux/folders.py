@@ -27,6 +27,24 @@ _FIRST_USER_NAMESPACE = 0xEFFFFFFD
 _UNMAPPED = 65_534
 
 
+def describe(error: OSError) -> str:
+    """Return what an error says, without its number, after the path of its file."""
+    text = error.strerror or str(error)
+    if error.filename is None or isinstance(error.filename, int):
+        return text
+    return f"{shown_path(os.fsdecode(error.filename))}: {text}"
+
+
+def shown_path(path: str | os.PathLike[str]) -> str:
+    """Return ``path`` for messages: if it leads through a descriptor, with its folder's path."""
+    path = os.fspath(path)
+    held = re.match(r"/proc/self/fd/\d+", path)
+    if held is not None:
+        with contextlib.suppress(OSError):
+            return os.readlink(held[0]) + path[held.end() :]
+    return path
+
+
 def open_folder(path: Path, *, private: bool = False, create: int | None = None) -> int:  # noqa: C901 - checks in order
     """Open the folder ``path`` with O_PATH, and return its descriptor.
 

@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
+from .._linux.libc import check, libc
 from ..supervisor.launch import CONTINUED, ENDED, MESSAGE, SIGNAL, STOPPED, follow_program
 from . import fill_standard_files
 from .errors import CliError, one_line
@@ -27,6 +28,11 @@ from .output import complain
 
 #: The environment variable with the path of the socket for requests.
 LAUNCHER = "VSOCKETS_LAUNCHER"
+
+_PR_SET_PDEATHSIG = 1
+
+#: Seconds for a ``vsock run`` to send its request after it has connected.
+_REQUEST_SECONDS = 10.0
 
 #: Descriptors besides the program's own: its folder, and the file with the rest of the request.
 _OWN = 2
@@ -123,11 +129,12 @@ class Delegated:
         except ConnectionResetError:
             message = b""
         # The process is not reaped before its channel is closed, so that the number is its own.
-        if not message:
+        if len(message) != MESSAGE.size:
             os.kill(self.pid, signal.SIGKILL)
             return False
         kind, number = MESSAGE.unpack(message)
-        os.kill(self.pid, number if kind == SIGNAL else signal.SIGCONT)
+        with contextlib.suppress(OSError):  # an invalid number
+            os.kill(self.pid, number if kind == SIGNAL else signal.SIGCONT)
         return True
 
     def on_status(self, status: int) -> None:
@@ -144,17 +151,19 @@ class Delegated:
 class Launcher:
     """The socket at which a ``vsock run`` asks for a program to be started."""
 
-    def __init__(self, path: Path, run: Callable[[dict[str, Any]], int]) -> None:
+    def __init__(self, path: Path, run: Callable[[dict[str, Any]], int], lifeline: int) -> None:
         """Listen at ``path``.
 
         ``run`` is called in a new process with the arguments of a ``vsock run``, and returns the
-        exit status if it returns.
+        exit status if it returns.  Programs end with the other end of ``lifeline``, a descriptor
+        (see :func:`..supervisor.launch.launch`).
         """
         self.listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self.listener.bind(os.fspath(path))
         self.listener.listen(128)
         self.listener.setblocking(False)
         self._run = run
+        self._lifeline = lifeline
 
     def accept(self) -> Delegated | None:
         """Start a program for the next ``vsock run``; return None if that is not possible."""
@@ -163,10 +172,12 @@ class Launcher:
         except OSError:
             return None
         received: list[int] = []
+        channel.settimeout(_REQUEST_SECONDS)
         try:
             pid, client = self._start(channel, received)
+            channel.setblocking(True)
             channel.send(MESSAGE.pack(CONTINUED, os.getpgrp()))
-        except (OSError, ValueError):
+        except (OSError, ValueError, TypeError, LookupError, RecursionError):  # malformed requests
             channel.close()
             return None
         finally:
@@ -187,13 +198,14 @@ class Launcher:
         with open(file, "rb", closefd=False) as reader:
             reader.seek(0)
             request = json.loads(reader.read())
+        client = int(request["pid"])
         started, starting = os.pipe()
         pid = os.fork()
         if pid == 0:
             status = 1
             try:
-                self._become(request, folder, passed, starting)
-                status = self._run(request["arguments"])
+                lifeline = self._become(request, folder, passed, starting)
+                status = self._run({**request["arguments"], "lifeline": lifeline})
             except Exception as error:
                 complain(f"cannot run a program: {one_line(error)}")
             finally:
@@ -201,10 +213,14 @@ class Launcher:
         os.close(starting)
         os.read(started, 1)  # the program's process is in its group, or has ended
         os.close(started)
-        return pid, request["pid"]
+        return pid, client
 
-    def _become(self, request: dict[str, Any], folder: int, passed: list[int], done: int) -> None:
-        """Make this process like the one that called ``vsock run``."""
+    def _become(self, request: dict[str, Any], folder: int, passed: list[int], done: int) -> int:
+        """Make this process like the one that called ``vsock run``.
+
+        Returns the descriptor of the lifeline.
+        """
+        check(libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0))
         signal.set_wakeup_fd(-1)
         for number in signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP}:
             ignored = number in request["ignored"] or number in _IGNORED_BY_PYTHON
@@ -219,16 +235,18 @@ class Launcher:
         os.fchdir(folder)
         os.umask(request["umask"])
         numbers = request["descriptors"]
-        above = max([*numbers, *passed, 2]) + 1
-        moved = [fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, above) for fd in passed]
+        lifeline: int = max([*numbers, *passed, self._lifeline, 2]) + 1
+        above = lifeline + 1
+        moved = [fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, above) for fd in (*passed, self._lifeline)]
         first = 0
-        for number, fd in sorted(zip(numbers, moved, strict=True)):
+        for number, fd in sorted(zip([*numbers, lifeline], moved, strict=True)):
             if first < number:  # closerange(0, 0) closes all
                 os.closerange(first, number)
-            os.dup2(fd, number)
+            os.dup2(fd, number, inheritable=number != lifeline)
             first = number + 1
         os.closerange(first, os.sysconf("SC_OPEN_MAX"))
         fill_standard_files()
         resource.setrlimit(resource.RLIMIT_NOFILE, tuple(request["files"]))
         os.environ.clear()
         os.environ.update(request["environment"])
+        return lifeline

@@ -8,19 +8,26 @@ all of it when the command has ended or this process is killed.
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import os
+import select
+import shutil
+import signal
 import socket
 from pathlib import Path
 from typing import NoReturn
 
 import click
 
+from ..model.address import FIRST_GUEST_CID, LAST_GUEST_CID, parse_cid
 from ..model.constants import VMADDR_CID_HOST
+from ..supervisor.launch import ENDED, FAILURE, MESSAGE
 from .delegation import LAUNCHER
 from .errors import CliError, one_line
 from .groups import command
 from .options import argument, parser_of, read_cid, reserved_ports_option
+from .output import complain
 from .run import Interceptor, interceptor_option, run_here
 
 #: Longest report of the keeper on whether the fabric serves, in bytes.
@@ -28,13 +35,27 @@ _REPORT_MAX = 1 << 16
 
 _LAST_STANDARD = 2
 
+#: Seconds for vsockd to end when its keeper was killed; it takes a tenth of one.
+_VSOCKD_SECONDS = 5.0
+
+
+def _guest(text: str) -> int:
+    cid = parse_cid(text)
+    if not FIRST_GUEST_CID <= cid <= LAST_GUEST_CID:
+        first, last = FIRST_GUEST_CID, LAST_GUEST_CID
+        raise ValueError(f"{text!r} is not a guest (expected a CID from {first} to {last})")
+    return cid
+
+
+_read_guest = parser_of(_guest)
+
 
 @parser_of
 def _read_hybrid(text: str) -> tuple[int, Path]:
     cid, separator, path = text.partition("=")
     if not (separator and path):
         raise ValueError(f"invalid guest and path: {text!r} (expected CID=PATH)")
-    return read_cid(cid), Path(path).absolute()
+    return _guest(cid), Path(path).absolute()
 
 
 @command("fabric", context_settings={"allow_interspersed_args": False})
@@ -56,7 +77,7 @@ def _read_hybrid(text: str) -> tuple[int, Path]:
 @click.option(
     "--guest",
     "guests",
-    type=read_cid,
+    type=_read_guest,
     multiple=True,
     metavar="CID",
     help="Add a guest before the command starts; repeatable. vsock run --cid CID within the "
@@ -106,7 +127,47 @@ def fabric(
     run_here(program, cid, interceptor=interceptor.value, keeper=keeper)
 
 
-def _start_keeper(guests: dict[int, Path | None], reserved_ports: bool) -> socket.socket:
+class _Keeper:
+    """The connection to the keeper, from the process of the command."""
+
+    def __init__(self, sock: socket.socket, pid: int, vsockd: int, folder: Path) -> None:
+        """Take ownership of ``sock``; ``vsockd`` is a pidfd, ``folder`` is to be removed."""
+        # The command's process closes its standard error.
+        self._errors = fcntl.fcntl(2, fcntl.F_DUPFD_CLOEXEC, _LAST_STANDARD + 1)
+        self.pid = pid
+        self._sock = sock
+        self._vsockd = vsockd
+        self._folder = folder
+
+    def descriptors(self) -> list[int]:
+        """Return the descriptors to keep open, that of the connection first."""
+        return [self._sock.fileno(), self._vsockd, self._errors]
+
+    def end(self, status: int) -> int:
+        """Report the command's wait status; return the final one when all is removed."""
+        with contextlib.suppress(OSError):
+            self._sock.send(MESSAGE.pack(ENDED, status))
+        message = b""
+        with contextlib.suppress(OSError):
+            message = self._sock.recv(MESSAGE.size)
+        if message:
+            return int(MESSAGE.unpack(message)[1])
+        self._clean_up()
+        return status or FAILURE
+
+    def _clean_up(self) -> None:
+        """Remove what a killed keeper has left.  Its vsockd and programs end with it."""
+        os.dup2(self._errors, 2)
+        with contextlib.suppress(OSError):  # standard error is closed
+            complain("fabric: the process that kept the fabric was killed; the fabric is removed")
+        ended, _, _ = select.select([self._vsockd], [], [], _VSOCKD_SECONDS)
+        if not ended:
+            with contextlib.suppress(OSError):
+                signal.pidfd_send_signal(self._vsockd, signal.SIGKILL)
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+
+def _start_keeper(guests: dict[int, Path | None], reserved_ports: bool) -> _Keeper:
     """Start the keeper, and set this process's environment to its fabric.
 
     Returns the connection to it.  Raises CliError.
@@ -127,14 +188,18 @@ def _start_keeper(guests: dict[int, Path | None], reserved_ports: bool) -> socke
         raise CliError(report["error"])
     os.environ.pop("VSOCKETS_CONTEXT", None)
     os.environ.update(report["environment"])
-    return ours
+    vsockd = os.pidfd_open(report["vsockd"])
+    return _Keeper(ours, report["keeper"], vsockd, Path(report["folder"]))
 
 
 # The keeper
 
 
 def _keep(front: socket.socket, guests: dict[int, Path | None], reserved_ports: bool) -> NoReturn:
-    """Keep a fabric until ``front``, the connection to the command's process, is closed."""
+    """Keep a fabric until ``front``, the connection to the command's process, is closed.
+
+    An error that is raised is one of the start: the command does not run yet.
+    """
     code = 1
     try:
         _detach(front)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import select
 import selectors
 import signal
 import socket
@@ -16,7 +17,7 @@ from typing import Any
 from .._linux.libc import check, libc
 from .._linux.rlimit import allow_many_descriptors
 from ..model.text import printable
-from ..supervisor.launch import ENDED, MESSAGE, kill_all_children
+from ..supervisor.launch import ENDED, FAILURE, MESSAGE, kill_all_children
 from ..testing import FabricFailed, PrivateFabric
 from .delegation import LAUNCHER, Delegated, Launcher
 from .errors import CliError, one_line
@@ -24,9 +25,10 @@ from .output import complain
 
 _PR_SET_CHILD_SUBREAPER = 36
 
-#: The wait status of an exit status 1.
-_FAILURE = 1 << 8
+#: Seconds for supervisors to end with the fabric; it takes some hundredths of one.
+_SUPERVISORS_SECONDS = 5.0
 
+#: Signals that interrupt nothing here: the keeper ends after the command, as its supervisor does.
 _HANDLED = (signal.SIGCHLD, signal.SIGHUP, signal.SIGINT, signal.SIGTERM)
 #: Signals of a terminal whose foreground this process never is.
 _IGNORED = (signal.SIGTTIN, signal.SIGTTOU, signal.SIGTSTP, signal.SIGQUIT)
@@ -44,6 +46,8 @@ class Keeper:
         self._reserved_ports = reserved_ports
         self._fabric = PrivateFabric()
         self._launcher: Launcher | None = None
+        # Supervisors have the other end: they end with this one, and it with the last of them.
+        self._supervisors, self._lifeline = socket.socketpair()
         self._programs: dict[int, Delegated] = {}  # by process ID
         self._status: int | None = None
         self._selector = selectors.DefaultSelector()
@@ -51,7 +55,8 @@ class Keeper:
     def run(self) -> None:
         """Start the fabric, report it, and return when the command has ended and all is removed.
 
-        Raises OSError and FabricFailed, both before the command has started.
+        Raises OSError and FabricFailed, before the command has started.  A later error is printed,
+        and ends the command.
         """
         check(libc.prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0))
         allow_many_descriptors()
@@ -64,16 +69,28 @@ class Keeper:
                 try:
                     status = self._serve()
                 finally:
-                    kill_all_children(self._fabric.pid)
-        except FabricFailed as error:
+                    self._end_programs()
+        except Exception as error:
             if not serves:
                 raise
-            failure = str(error).partition(":\n")[0]
-            status = status or _FAILURE
-        if status:
-            self._print_log(status, failure)
+            is_known = isinstance(error, FabricFailed)
+            failure = str(error).partition(":\n")[0] if is_known else one_line(error)
+            status = status or FAILURE
+        with contextlib.suppress(OSError):  # standard error is closed
+            if status:
+                self._print_log(status, failure)
         with contextlib.suppress(OSError):
             self._front.send(MESSAGE.pack(ENDED, status))
+
+    def _end_programs(self) -> None:
+        """End the programs that were started for a ``vsock run``, then their supervisors.
+
+        A supervisor that were killed first would leave programs without an AF_VSOCK.
+        """
+        self._lifeline.close()
+        self._supervisors.shutdown(socket.SHUT_WR)
+        select.select([self._supervisors], [], [], _SUPERVISORS_SECONDS)
+        kill_all_children(self._fabric.pid)
 
     def _prepare(self, wakeups: socket.socket) -> None:
         fabric = self._fabric
@@ -84,9 +101,15 @@ class Keeper:
         self._selector.register(wakeups, selectors.EVENT_READ, self._on_signals)
         socket_path = fabric.folder.parent / "launcher"
         environment[LAUNCHER] = os.fspath(socket_path)
-        self._launcher = Launcher(socket_path, _run)
+        self._launcher = Launcher(socket_path, _run, self._lifeline.fileno())
         self._selector.register(self._launcher.listener, selectors.EVENT_READ, self._on_request)
-        self._front.send(json.dumps({"environment": environment}).encode())
+        report = {
+            "environment": environment,
+            "folder": os.fspath(fabric.folder.parent),
+            "keeper": os.getpid(),
+            "vsockd": fabric.pid,
+        }
+        self._front.send(json.dumps(report).encode())
 
     def _serve(self) -> int:
         """Serve until the command has ended, and return its wait status."""
@@ -104,8 +127,7 @@ class Keeper:
         self._status = MESSAGE.unpack(message)[1] if message else 0
 
     def _on_signals(self, wakeups: socket.socket) -> None:
-        if set(wakeups.recv(4096)) - {signal.SIGCHLD}:
-            self._status = 0
+        wakeups.recv(4096)
         self._reap()
 
     def _on_request(self, listener: socket.socket) -> None:
@@ -118,7 +140,8 @@ class Keeper:
             )
 
     def _on_message(self, program: Delegated, channel: socket.socket) -> None:
-        if not program.on_message():
+        # It may have been closed since it was reported to be readable.
+        if channel.fileno() >= 0 and not program.on_message():
             self._selector.unregister(channel)
             channel.close()
 

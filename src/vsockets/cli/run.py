@@ -22,7 +22,7 @@ from .groups import command
 from .options import argument, members, read_cid, reserved_ports_option
 
 if TYPE_CHECKING:
-    import socket
+    from ..supervisor.launch import Keeper
 
 #: By state of a context in which no program can use vSockets: what it is, and the command that
 #: changes that.
@@ -115,9 +115,12 @@ def run_here(
     device: bool = False,
     interceptor: str = Interceptor.AUTO.value,
     verbose: bool = False,
-    keeper: socket.socket | None = None,
+    keeper: Keeper | None = None,
+    lifeline: int | None = None,
 ) -> NoReturn:
     """Run a program in a context as ``vsock run`` does, and end as it does.
+
+    ``keeper`` and ``lifeline`` are those of :func:`..supervisor.launch.launch`.
 
     Raises CliError, and OSError if vsockd does not serve.
     """
@@ -155,7 +158,7 @@ def run_here(
         choice = choose(Interceptor(interceptor).value)
         if verbose:
             sys.stderr.write(f"vsock run: interceptor {choice.name}: {choice.reason}\n")
-        launch(program_starts, place, lease, device, choice.mechanism, keeper)
+        launch(program_starts, place, lease, device, choice.mechanism, keeper, lifeline)
     except OSError as error:
         raise CliError(f"cannot supervise {program[0]}: {_reason(error)}") from None
 

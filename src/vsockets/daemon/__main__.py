@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 from .. import logs
+from .._linux.folders import describe
 from .._linux.sd_notify import notify_ready
 from ..fabric import Refused
 from ..state_folder import LOG, default_folder
@@ -38,6 +39,12 @@ def make_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--ready-fd", type=int, metavar="FD", help="descriptor to write a line to when ready"
+    )
+    parser.add_argument(
+        "--lifeline-fd",
+        type=int,
+        metavar="FD",
+        help="descriptor of a pipe or socket: end when its other end is closed",
     )
     parser.add_argument(
         "--config",
@@ -76,14 +83,15 @@ def main() -> int:
         print(f"vsockd: {error}", file=sys.stderr)
         return os.EX_UNAVAILABLE
     except (OSError, Refused) as error:
-        print(f"vsockd: cannot start in {arguments.dir}: {error}", file=sys.stderr)
+        problem = describe(error) if isinstance(error, OSError) else error
+        print(f"vsockd: cannot start in {arguments.dir}: {problem}", file=sys.stderr)
         return 1
     if arguments.background and not _detach(vsockd.folder / LOG):
         return 0  # the calling program's process; vsockd continues in its child
     # Objects made so far live as long as vsockd, and requests create no reference cycles.
     gc.freeze()
     gc.set_threshold(50_000)
-    found = vsockd.run(lambda: _announce_ready(arguments.ready_fd))
+    found = vsockd.run(lambda: _announce_ready(arguments.ready_fd), arguments.lifeline_fd)
     return 0 if found else 1
 
 

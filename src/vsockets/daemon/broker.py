@@ -478,7 +478,7 @@ class Broker:
                 connection.watch = self.streams.add(sock.fileno(), connection.number)
         except OSError as error:  # out of memory, or of epoll registrations (epoll(7))
             fabric.end(connection.number)
-            raise Refused(errno.ENOBUFS, f"cannot watch the stream: {error}") from None
+            raise Refused(errno.ENOBUFS, f"cannot watch the stream: {error.strerror}") from None
         if isinstance(target, HandoffLink):
             self._offer(channel, request, connection, target)
         else:
@@ -522,7 +522,7 @@ class Broker:
         except OSError as error:
             waits = error.errno in SHORTAGE
             what = "is waiting to be announced" if waits else "is lost"
-            reason = f"connection to {connection.peer} {what}: {error}"
+            reason = f"connection to {connection.peer} {what}: {error.strerror}"
             self._log(logging.WARNING, channel, reason)
             if waits:
                 target.hold(record, sock.fileno(), channel.party)
@@ -550,7 +550,7 @@ class Broker:
         try:
             target.hand_over(record, channel)
         except OSError as error:
-            reason = f"connection to {connection.peer} is lost: {error}"
+            reason = f"connection to {connection.peer} is lost: {error.strerror}"
             self._log(logging.WARNING, channel, reason)
             self.fabric.end(connection.number)
             code = errno.ENOBUFS if error.errno in SHORTAGE else errno.ECONNRESET
@@ -578,7 +578,8 @@ class Broker:
                 try:
                     send_descriptor(ours, b"\0", channel.sock.fileno())
                 except OSError as error:
-                    raise Refused(errno.ENOBUFS, f"cannot send a descriptor: {error}") from None
+                    reason = f"cannot send a descriptor: {error.strerror}"
+                    raise Refused(errno.ENOBUFS, reason) from None
             self._cannot_send = False
         if target in self._unannounced:
             raise Refused(errno.ENOBUFS, "connections to this listener wait to be announced")

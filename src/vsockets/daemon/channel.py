@@ -150,7 +150,7 @@ class Channel(Peer):
             send_descriptor(self.sock, record, fd)
         except OSError as error:
             if error.errno in (errno.ETOOMANYREFS, errno.ENOMEM, errno.ENOBUFS):
-                raise Refused(errno.ENOBUFS, f"cannot send the reply: {error}") from None
+                raise Refused(errno.ENOBUFS, f"cannot send the reply: {error.strerror}") from None
             if error.errno not in (errno.EAGAIN, errno.EPIPE, errno.ECONNRESET):
                 raise
 

@@ -79,7 +79,10 @@ def _files(folder: Path) -> list[Path]:
     except FileNotFoundError:
         return []
     except OSError as error:
-        problem = f"{error.strerror}, expected a folder that vsockd can read"
+        problem = (
+            f"{error.strerror}, expected a folder that vsockd can read (VSOCKETS_CONFIG names it; "
+            "else it is below XDG_CONFIG_HOME or HOME: these must be this user's)"
+        )
         raise ConfigurationError(str(folder), None, "", problem) from error
     return [folder / name for name in names if not name.startswith(".")]
 

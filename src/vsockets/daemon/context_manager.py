@@ -21,7 +21,7 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
-from .._linux.folders import file_mode, working_in
+from .._linux.folders import describe, file_mode, shown_path, working_in
 from .._linux.sockets import refuse_descriptors
 from ..eventloop.loop import Acceptor, EventLoop
 from ..fabric import (
@@ -106,7 +106,8 @@ class Trash:
                         self._remove(self._path / name)
                     except OSError as error:
                         hopeless.add(name)
-                        log.warning("cannot remove %s: %s", self._path / name, error.strerror)
+                        path = shown_path(self._path / name)
+                        log.warning("cannot remove %s: %s", path, error.strerror)
 
     def _remove(self, path: Path) -> None:
         """Remove ``path``; subfolders are moved up into the trash folder, to limit the depth."""
@@ -207,7 +208,7 @@ def remove_folder(folder: Path, trash: Trash) -> None:
         try:
             trash.discard(folder)
         except OSError as error:
-            log.warning("cannot remove %s: %s", folder, error.strerror)
+            log.warning("cannot remove %s: %s", shown_path(folder), error.strerror)
 
 
 class ContextManager:
@@ -300,7 +301,7 @@ class ContextManager:
             if not keep_on_error:
                 contexts.remove(context.cid)
                 raise
-            log.error("context %d stays powered off: %s", context.cid, error)
+            log.error("context %d stays powered off: %s", context.cid, describe(error))
             context.state = State.OFF
         self._publish(context, "added")
         return context

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 
+from .._linux.folders import shown_path
 from ..fabric import Context, Isolation, Profile
 
 _RESTRICTED = Isolation(Profile.RESTRICTED)
@@ -85,7 +86,7 @@ class Start:
         before = _read(record)
         if before is None:
             return
-        again = f"start it in that way again, or remove {record} to allow any start"
+        again = f"start it in that way again, or remove {shown_path(record)} to allow any start"
         if self.how is How.ON_DEMAND and before.how is not How.ON_DEMAND:
             raise OtherwiseStarted(
                 f"not started on demand: vsockd was started {before.how}, with the configuration "

@@ -29,7 +29,7 @@ def bind_to_name(sock: _socket.socket, name: str) -> int:
         finally:
             os.unlink(name)
     except OSError as error:
-        reason = f"cannot bind the socket: {error}"
+        reason = f"cannot bind the socket: {error.strerror}"
         raise Refused(error.errno or errno.EINVAL, reason) from None
 
 

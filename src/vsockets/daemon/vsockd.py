@@ -146,13 +146,18 @@ class Vsockd:
         )
         self._control = ControlSocket(self.loop, handlers, self.folder / CONTROL)
 
-    def run(self, announce_ready: Callable[[], None] = lambda: None) -> bool:
+    def run(
+        self, announce_ready: Callable[[], None] = lambda: None, lifeline: int | None = None
+    ) -> bool:
         """Serve until SIGTERM, SIGINT or a stop request, then remove vsockd's files.
 
-        ``announce_ready`` is called once vsockd serves.  Return False if vsockd ended because
-        programs could not find it any longer.
+        ``announce_ready`` is called once vsockd serves.  ``lifeline`` is a descriptor: vsockd also
+        ends when its other end is closed.  Return False if vsockd ended because programs could not
+        find it any longer.
         """
         self.broker.streams.open()
+        if lifeline is not None:
+            self.loop.watch(lifeline, lambda events: self.stop())
         os.truncate(self._lock, 0)
         os.pwrite(self._lock, f"{os.getpid()}\n".encode(), 0)
         try:

@@ -23,7 +23,7 @@ import signal
 import socket
 import struct
 from collections.abc import Callable, Collection
-from typing import NoReturn
+from typing import NoReturn, Protocol
 
 from .._linux.libc import check, libc
 from .._linux.rlimit import allow_many_descriptors
@@ -60,6 +60,9 @@ _RELAYED = frozenset(signal.valid_signals()) - {
     signal.SIGILL,
     signal.SIGPIPE,
 }
+#: The wait status of an exit status 1.
+FAILURE = 1 << 8
+
 #: sizeof(sigset_t) of C libraries, and of struct signalfd_siginfo, in bytes.
 _SIGNAL_SET, _SIGNAL_INFO = 128, 128
 
@@ -70,20 +73,38 @@ _IGNORED = (
 )
 
 
+class Keeper(Protocol):
+    """The connection to a process that outlives the program, and cleans up after it.
+
+    It is readable when that process has ended.
+    """
+
+    pid: int  #: that process
+
+    def descriptors(self) -> list[int]:
+        """Return the descriptors to keep open, that of the connection first."""
+
+    def end(self, status: int) -> int:
+        """Report the program's wait status; return the final one when all is cleaned up."""
+
+
 def launch(
     become: Callable[[], NoReturn],
     context: Attachment,
     lease: int | None,
     device: bool,
     mechanism: Mechanism,
-    keeper: socket.socket | None = None,
+    keeper: Keeper | None = None,
+    lifeline: int | None = None,
 ) -> NoReturn:
     """Run a program, supervised, and end with its exit status or signal.
 
     ``become`` executes the program: it is called in the program's process, under the filter, and
     its exceptions are raised there.  ``lease`` is a descriptor to hold open until the last process
     of the program has ended.  With ``device``, stat() and access() find ``/dev/vsock``.
-    With ``keeper`` (see :func:`follow_program`), all that the program leaves is killed.
+    With ``keeper`` (see :func:`follow_program`), all that the program leaves is killed when it or
+    the front ends.  ``lifeline`` is the descriptor of a connection: when its other end is shut
+    down, all processes of the program are killed.
 
     Raises OSError in the program's process if it cannot be supervised.
     """
@@ -104,6 +125,8 @@ def launch(
     if program_pid == 0:
         back.close()
         ours.close()
+        if lifeline is not None:
+            os.close(lifeline)
         _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
         descriptors = mechanism.install(machine, made)
         socket.send_fds(theirs, [_INSTALLED], descriptors)
@@ -117,14 +140,15 @@ def launch(
             os.environ["LISTEN_PID"] = str(os.getpid())
         become()
     theirs.close()
-    program = _Program(program_pid, back)
+    program = _Program(program_pid, back, ends_all=keeper is not None)
     _run_supervisor(
         lambda descriptors: Supervisor(
             machine, mechanism, descriptors, context, program.on_group_stop
         ),
         program,
         ours,
-        [fd for fd in (lease,) if fd is not None],
+        lease,
+        lifeline,
     )
 
 
@@ -132,10 +156,16 @@ def launch(
 
 
 class _Program:
-    """The program's first process, seen from the supervisor, its parent."""
+    """The program's first process, seen from the supervisor, its parent.
 
-    def __init__(self, pid: int, front: socket.socket) -> None:
+    With ``ends_all``, its end and that of the front are followed by :meth:`end_all`.
+    """
+
+    def __init__(self, pid: int, front: socket.socket, ends_all: bool) -> None:
         self.pid = pid
+        self._ends_all = ends_all
+        self._is_ending = False
+        self._status: int | None = None
         self._front: socket.socket | None = front
         self._front_pid = os.getppid()
         self._stopped = False
@@ -159,7 +189,7 @@ class _Program:
         while True:
             pid, status = self._wait_status(options)
             if pid == 0:
-                return
+                break
             if self._interceptor is not None and self._interceptor.on_wait_status(pid, status):
                 continue
             if pid != self.pid:
@@ -172,10 +202,34 @@ class _Program:
                 os.kill(self._front_pid, signal.SIGCONT)
             self._stopped = False
             if not os.WIFCONTINUED(status):
-                self.report(ENDED, status)
-                if self._front is not None:
-                    self._front.close()
-                self._front = None
+                self._status = status
+                self._is_ending = self._is_ending or self._ends_all
+                if not self._is_ending:
+                    self._report_end()
+        if self._is_ending:
+            self.end_all()
+
+    def end_all(self) -> None:
+        """Kill all processes of the program, and those that they leave, as they come here.
+
+        The front hears of the end when the last one has ended.  Until then calls are answered: a
+        process that is not killed yet sees no difference.
+        """
+        self._is_ending = True
+        is_left = False
+        for pid in _children():
+            with contextlib.suppress(OSError):
+                os.kill(pid, signal.SIGKILL)
+                is_left = True
+        if not is_left:
+            self._report_end()
+
+    def _report_end(self) -> None:
+        if self._status is not None:
+            self.report(ENDED, self._status)
+            if self._front is not None:
+                self._front.close()
+            self._front = None
 
     def _wait_status(self, options: int) -> tuple[int, int]:
         """Return the next process id to handle with its wait status; 0 and 0 without one."""
@@ -204,7 +258,10 @@ class _Program:
         if not message:  # the front was killed: kill the program
             self._front.close()  # which also ends the watch: it would report the end for ever
             self._front = None
-            self._signal(signal.SIGKILL)
+            if self._ends_all:
+                self.end_all()
+            else:
+                self._signal(signal.SIGKILL)
             return
         kind, number = MESSAGE.unpack(message)
         if kind == SIGNAL:
@@ -228,7 +285,8 @@ def _run_supervisor(
     make: Callable[[list[int]], Supervisor],
     program: _Program,
     starting: socket.socket,
-    kept: Collection[int],
+    lease: int | None,
+    lifeline: int | None,
 ) -> NoReturn:
     status = 1
     try:
@@ -239,8 +297,8 @@ def _run_supervisor(
         children = _block_as_descriptor(signal.SIGCHLD)
         program.report(CONTINUED, 0)  # the new group exists
         installed, descriptors, _, _ = socket.recv_fds(starting, 1, 1)
-        fds = {program.fileno(), starting.fileno(), children, *kept}
-        _close_all_but(fds | set(descriptors))
+        kept = {fd for fd in (lease, lifeline) if fd is not None}
+        _close_all_but({program.fileno(), starting.fileno(), children, *kept, *descriptors})
         os.chdir("/")
         if not installed:  # the program's process raises why
             program.wait()
@@ -256,6 +314,14 @@ def _run_supervisor(
 
         supervisor.scheduler.watch(children, on_child)
         supervisor.scheduler.watch(program.fileno(), program.on_front)
+        if lifeline is not None:
+
+            def on_lifeline(events: int) -> None:
+                # It stays open until this process ends: the other side waits for that.
+                supervisor.scheduler.unwatch(key, lifeline)
+                program.end_all()
+
+            key = supervisor.scheduler.watch(lifeline, on_lifeline)
 
         def begin(error: OSError | None) -> None:
             starting.send(_ERRNO.pack((error.errno or errno.EIO) if error else 0))
@@ -273,14 +339,12 @@ def _run_supervisor(
 # The front
 
 
-def follow_program(
-    channel: socket.socket, group: int, keeper: socket.socket | None = None
-) -> NoReturn:
+def follow_program(channel: socket.socket, group: int, keeper: Keeper | None = None) -> NoReturn:
     """Relay signals to a program, and end as the program does.
 
-    ``channel`` leads to the program's parent, and ``group`` is that process's group.  ``keeper``
-    leads to a process that outlives the program: when the program has ended, all children of this
-    process are killed, and the keeper receives the wait status and replies with the final one.
+    ``channel`` leads to the program's parent, and ``group`` is that process's group.  With a
+    ``keeper``, all other children of this process are killed when the program or the keeper has
+    ended, and the keeper has the last word on the exit status.
     """
     wakeups, wakeup = socket.socketpair()
     wakeups.setblocking(False)
@@ -289,36 +353,36 @@ def follow_program(
         with contextlib.suppress(OSError, ValueError):
             signal.signal(number, lambda number, frame: None)
     signal.set_wakeup_fd(wakeup.fileno())
-    kept = [channel, wakeups, wakeup] + ([keeper] if keeper else [])
-    _close_all_but({sock.fileno() for sock in kept})
+    watched: list[socket.socket | int] = [channel, wakeups]
+    of_keeper = keeper.descriptors() if keeper is not None else []
+    watched += of_keeper[:1]
+    _close_all_but({channel.fileno(), wakeups.fileno(), wakeup.fileno(), *of_keeper})
     while True:
-        ready, _, _ = select.select([channel, wakeups], [], [])
+        ready, _, _ = select.select(watched, [], [])
         if wakeups in ready:
             with contextlib.suppress(BlockingIOError, OSError):
                 for received in wakeups.recv(4096):
                     if received in _RELAYED:
                         channel.send(MESSAGE.pack(SIGNAL, received))
-        if channel not in ready:
+        if channel in ready:
+            message = _receive(channel)
+            if not message:
+                kill_all_children(keeper.pid if keeper is not None else 0)
+                # The program was killed, by the kernel or just now.
+                message = MESSAGE.pack(ENDED, signal.SIGKILL)
+        elif set(of_keeper) & set(ready):
+            channel.close()  # the supervisor kills all
+            with contextlib.suppress(ChildProcessError):
+                os.waitpid(group, 0)
+            message = MESSAGE.pack(ENDED, FAILURE)
+        else:
             continue
-        message = _receive(channel)
-        if not message:
-            kill_all_children()
-            # The program was killed, by the kernel or just now.
-            message = MESSAGE.pack(ENDED, signal.SIGKILL)
         kind, value = MESSAGE.unpack(message)
         if kind == ENDED and keeper is not None:
-            kill_all_children()
-            value = _end_keeper(keeper, value)
+            # Process 1 of a container is the parent of the keeper, too.
+            kill_all_children(keeper.pid)
+            value = keeper.end(value)
         _follow(channel, group, kind, value)
-
-
-def _end_keeper(keeper: socket.socket, status: int) -> int:
-    """Report the wait status, and return the one to end with, when the keeper has cleaned up."""
-    with contextlib.suppress(OSError):
-        keeper.send(MESSAGE.pack(ENDED, status))
-        while message := _receive(keeper):
-            _, status = MESSAGE.unpack(message)
-    return status
 
 
 def _follow(channel: socket.socket, group: int, kind: bytes, status: int) -> None:
@@ -351,11 +415,7 @@ def _end_like(status: int) -> NoReturn:
 
 def kill_all_children(spared: int = 0) -> None:
     """Kill this process's children, except one, and those that they leave (child subreaper)."""
-    while True:
-        with open(f"/proc/self/task/{os.getpid()}/children") as children:
-            pids = [int(pid) for pid in children.read().split() if int(pid) != spared]
-        if not pids:
-            return
+    while pids := [pid for pid in _children() if pid != spared]:
         for pid in pids:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
@@ -365,6 +425,18 @@ def kill_all_children(spared: int = 0) -> None:
 
 
 # Common to both
+
+
+def _children() -> list[int]:
+    """Return the process IDs of this process's children, zombies included."""
+    pids: list[int] = []
+    for thread in os.listdir("/proc/self/task"):
+        with (
+            contextlib.suppress(OSError),  # the thread has ended
+            open(f"/proc/self/task/{thread}/children") as children,
+        ):
+            pids += map(int, children.read().split())
+    return pids
 
 
 def _receive(channel: socket.socket) -> bytes:

@@ -76,6 +76,7 @@ class PrivateFabric:
         self._log_level = log_level
         self._log = ""
         self._process: subprocess.Popen[bytes] | None = None
+        self._lifeline = -1  # a pipe to vsockd, which ends when this process does
         self._programs: list[subprocess.Popen[Any]] = []
         self._errors_expected = False
 
@@ -192,6 +193,7 @@ class PrivateFabric:
         Raises FabricFailed with vsockd's log.
         """
         ready, announce = os.pipe()
+        watched, self._lifeline = os.pipe()
         try:
             with open(self._log_file, "ab") as log:
                 self._process = subprocess.Popen(
@@ -200,12 +202,13 @@ class PrivateFabric:
                         *("--dir", os.fspath(self.folder)),
                         *("--config", os.fspath(self.configuration)),
                         *("--ready-fd", str(announce)),
+                        *("--lifeline-fd", str(watched)),
                         *("--log-level", self._log_level),
                     ],
                     env=_environment_of_vsockd(),
                     stdin=subprocess.DEVNULL,
                     stderr=log,
-                    pass_fds=[announce],
+                    pass_fds=[announce, watched],
                     process_group=0,  # Ctrl-C at the terminal is for the tests only
                 )
             os.close(announce)
@@ -217,6 +220,7 @@ class PrivateFabric:
                 raise FabricFailed(f"vsockd did not start: {self.log.strip() or 'no message'}")
         finally:
             os.close(ready)
+            os.close(watched)
             if announce >= 0:
                 os.close(announce)
         self.control = Control(self.folder)
@@ -275,6 +279,8 @@ class PrivateFabric:
             process.kill()
             process.wait()
             raise FabricFailed(f"vsockd did not end within {_PATIENCE} s:\n{self.log}") from None
+        finally:
+            os.close(self._lifeline)
 
     def _remove(self) -> None:
         _ = self.log  # keep the log readable

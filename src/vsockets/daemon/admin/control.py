@@ -16,7 +16,7 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
-from ..._linux.folders import file_mode
+from ..._linux.folders import describe, file_mode
 from ..._linux.sockets import refuse_descriptors
 from ...eventloop.loop import Acceptor, EventLoop
 from ...fabric import Change, Context, ContextSettings, Refused
@@ -140,7 +140,7 @@ class ControlSession:
         except Refused as refused:
             return {"error": refused.reason, "errno": refused.errno}
         except OSError as error:
-            return {"error": str(error), "errno": error.errno}
+            return {"error": describe(error), "errno": error.errno}
 
     def _close(self) -> None:
         self._loop.unwatch(self._sock.fileno())
