@@ -103,8 +103,8 @@ def test_invalid_arguments(vsock: Vsock, fabric: PrivateFabric, tmp_path: Path) 
             2,
             "--context: not allowed with",
         ),
-        (f"capture -w {file}", 2, "expected --context CID, or FROM and TO"),
-        (f"capture -w {file} --port 5 vsock::1 tcp:a:1", 2, "without --port"),
+        (f"capture -w {file}", 2, "FROM and TO: missing"),
+        (f"capture -w {file} --port 5 vsock::1 tcp:a:1", 2, "not allowed without --context"),
     )
     assert not file.exists()
     vsock.environment["VSOCKETS_CONTEXT"] = str(fabric.guest().folder)

@@ -77,7 +77,7 @@ def test_reserved_ports(vsock: Vsock) -> None:
     vsock("context", "add", "503")
     vsock.fail(
         ("run --cid 503 --reserved-ports true", 1, "context 503 exists, without reserved ports"),
-        ("run --cid host --reserved-ports true", 2, "--reserved-ports is for guests"),
+        ("run --cid host --reserved-ports true", 2, "--reserved-ports: not allowed for the host"),
         (
             f"context add --reserved-ports --owner {os.geteuid() + 1}",
             1,

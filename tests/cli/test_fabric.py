@@ -268,7 +268,7 @@ def test_a_hybrid_guest_is_reached_at_its_socket(alone: Vsock, tmp_path: Path) -
 def test_command_lines_that_cannot_be_run(alone: Vsock) -> None:
     alone.fail(
         ("fabric --hybrid 5 true", 2, "invalid guest and path: '5' (expected CID=PATH)"),
-        ("fabric --hybrid 5=/tmp/a --hybrid 5=/tmp/b true", 2, "a guest has one path"),
+        ("fabric --hybrid 5=/tmp/a --hybrid 5=/tmp/b true", 2, "--hybrid: two paths for one guest"),
         ("fabric --guest host true", 2, "'host' is not a guest (expected a CID from 3 to "),
         ("fabric --hybrid host=/tmp/a true", 2, "'host' is not a guest (expected a CID from "),
         (

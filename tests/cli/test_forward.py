@@ -171,10 +171,10 @@ def test_invalid_command_lines_are_one_line(vsock: Vsock, tmp_path: Path) -> Non
     bad = tmp_path / "bad.toml"
     bad.write_text('[[forward]]\nfrom = "tcp::0"\nto = "vsock:3"\n')
     vsock.fail(
-        ("forward", 2, "expected FROM and TO"),
+        ("forward", 2, "FROM and TO: missing"),
         ("forward tcp::1 http-proxy:", 2, "no hosts allowed"),
         ("forward stdio: vsock:host:9", 1, "no program listens there"),
-        (f"forward --config {bad}", 1, "bad.toml:3: forward.to: 'vsock:3': expected CID:PORT"),
+        (f"forward --config {bad}", 1, "bad.toml:3: forward.to: 'vsock:3': expected vsock:CID"),
     )
 
 

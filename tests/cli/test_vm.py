@@ -92,8 +92,8 @@ def test_mistakes(vsock: Vsock, tmp_path: Path) -> None:
     vmx = tmp_path / "a.vmx"
     vmx.write_text('virtualHW.version = "4"\n')
     vsock.fail(
-        ("vm run --kernel /nowhere", 2, "/nowhere: no such file"),
-        ("vm run --disk /nowhere.qcow2", 2, "/nowhere.qcow2: no such file"),
+        ("vm run --kernel /nowhere", 2, "'/nowhere': no such file"),
+        ("vm run --disk /nowhere.qcow2", 2, "'/nowhere.qcow2': no such file"),
         (f"vm run --disk {tmp_path}/disk.vdi", 2, "expected FORMAT:PATH"),
         ("vm run --memory much", 2, "expected a number of MiB"),
         ("vm run --memory 0", 2, "expected a number of MiB"),

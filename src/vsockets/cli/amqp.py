@@ -24,6 +24,7 @@ from .options import (
     LogFormat,
     log_format_option,
     parser_of,
+    path_option,
     read_locator,
     verbose_option,
 )
@@ -53,7 +54,7 @@ def _address_option(name: str, help: str, **attributes: Any) -> Decorator[Any]:
 
 
 def _file_option(name: str, help: str) -> Decorator[Any]:
-    return click.option(name, type=click.Path(path_type=Path), metavar="FILE", help=help)
+    return path_option(name, metavar="FILE", help=help)
 
 
 _authority_option = click.option(
@@ -129,9 +130,9 @@ def host_proxy(
     _expect(listen, "--listen", Vsock)
     _expect_target(proxy, "--proxy")
     if tls_ca is None and (tls_cert or tls_key or tls_name):
-        raise click.BadParameter("--tls-cert, --tls-key, --tls-name: TLS needs --tls-ca")
+        raise click.UsageError("--tls-cert, --tls-key, --tls-name: TLS needs --tls-ca")
     if tls_ca is not None and isinstance(proxy, Unix) and tls_name is None:
-        raise click.BadParameter(
+        raise click.UsageError(
             f"--proxy {proxy}: a unix socket has no host name to verify (expected --tls-name)"
         )
     tls = client_context(tls_ca, tls_cert, tls_key) if tls_ca is not None else None
@@ -185,7 +186,7 @@ def amqp_proxy(
     for one in node:
         _expect_target(one, "--node")
     if tls_cert is None and (tls_key or tls_ca):
-        raise click.BadParameter("--tls-key, --tls-ca: TLS needs --tls-cert")
+        raise click.UsageError("--tls-key, --tls-ca: TLS needs --tls-cert")
     tls = server_context(tls_cert, tls_key, tls_ca) if tls_cert is not None else None
     proxy = partial(AmqpProxy, listen, list(node), authority=authority, tls=tls)
     _serve(listen, proxy, verbose, log_format)
@@ -195,13 +196,13 @@ def _expect(locator: Locator, option: str, *kinds: type) -> None:
     if not isinstance(locator, kinds) or locator.datagram:
         schemes = {Inet: "tcp:", Unix: "unix:", Vsock: "vsock:"}
         expected = " or ".join(schemes[kind] for kind in kinds)
-        raise click.BadParameter(f"{option} {locator}: expected {expected}")
+        raise click.UsageError(f"{option} {locator}: expected {expected}")
 
 
 def _expect_target(locator: Locator, option: str) -> None:
     _expect(locator, option, Inet, Unix)
     if isinstance(locator, Inet) and not (locator.host and locator.port):
-        raise click.BadParameter(f"{option} {locator}: expected a host and a port")
+        raise click.UsageError(f"{option} {locator}: expected a host and a port")
 
 
 def require(*libraries: str) -> None:

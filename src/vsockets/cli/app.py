@@ -174,6 +174,19 @@ def app(folder: Path | None) -> None:
         connect.choose(folder)
 
 
+def _usage(error: click.ClickException) -> str:
+    """Return what is wrong with a command line: the parameter, the problem, the help to read."""
+    context = error.ctx if isinstance(error, click.UsageError) else None
+    problem = error.format_message().rstrip(".")
+    if isinstance(error, click.BadParameter) and error.param is not None:
+        is_missing = isinstance(error, click.MissingParameter)
+        problem = "missing" if is_missing else error.message.rstrip(".")
+        name = error.param.get_error_hint(context).rpartition(" / ")[2].strip("'")
+        if not problem.startswith(name):
+            problem = f"{name}: {problem}"
+    return f"{problem} (see: {context.command_path if context else 'vsock'} --help)"
+
+
 def start(arguments: list[str]) -> int:
     """Run one command line and return its exit status.
 
@@ -200,9 +213,7 @@ def start(arguments: list[str]) -> int:
         if os.environ.get("VSOCKETS_DEBUG"):
             raise
         if isinstance(error, click.ClickException):
-            where = error.ctx if isinstance(error, click.UsageError) else None
-            path = where.command_path if where else "vsock"
-            complain(f"{error.format_message().rstrip('.')} (see: {path} --help)")
+            complain(_usage(error))
             return 2
         complain(one_line(error))
         return error.status if isinstance(error, CliError) else 1

@@ -20,6 +20,8 @@ from .forward import serve
 from .groups import command
 from .options import (
     allow_option,
+    count_option,
+    path_option,
     read_cid,
     read_port,
     source_argument,
@@ -38,11 +40,10 @@ _CAPTURE = {
 
 
 @command("capture")
-@click.option(
+@path_option(
     "-w",
     "--write",
     "file",
-    type=click.Path(path_type=Path),
     required=True,
     metavar="FILE",
     help="File to write; - is standard output.",
@@ -61,10 +62,11 @@ _CAPTURE = {
     metavar="PORT",
     help="With --context: record packets from or to this port only.",
 )
-@click.option(
+@count_option(
     "-s",
     "--payload",
-    type=click.IntRange(min=0, max=CAPTURE_PAYLOAD_MAX_BYTES),
+    min=0,
+    max=CAPTURE_PAYLOAD_MAX_BYTES,
     default=CAPTURE_PAYLOAD_MAX_BYTES,
     metavar="BYTES",
     help="Payload kept of one record, in bytes; 0 keeps addresses and times only.",
@@ -94,11 +96,13 @@ def capture(
     """
     if context is not None:
         if source is not None or allow:
-            raise click.BadParameter("--context: not allowed with FROM, TO and --allow")
+            raise click.UsageError("--context: not allowed with FROM, TO and --allow")
         _capture_device(context, VMADDR_PORT_ANY if port is None else port, payload, file)
         return
-    if source is None or target is None or port is not None:
-        raise click.BadParameter("expected --context CID, or FROM and TO without --port")
+    if port is not None:
+        raise click.UsageError("--port: not allowed without --context")
+    if source is None or target is None:
+        raise click.UsageError("FROM and TO: missing (expected both, or --context CID)")
     _capture_forwarder(source, target, allow, payload, file, verbose)
 
 
@@ -126,13 +130,13 @@ def _capture_forwarder(
     from ..forward.settings import Settings
 
     if not (isinstance(source, Vsock) or isinstance(target, Vsock)):
-        raise click.BadParameter("FROM or TO: expected vsock: or vsock-dgram: for one of them")
+        raise click.UsageError("FROM and TO: expected vsock: or vsock-dgram: for one of them")
     try:
         settings = Settings(source, target, allow=allow)
     except ValueError as error:
-        raise click.BadParameter(str(error)) from None
+        raise click.UsageError(f"FROM and TO: {error}") from None
     if str(file) == "-" and settings.once and "stdio:" in (str(source), str(target)):
-        raise click.BadParameter("-w -: standard output is used by stdio: already")
+        raise click.UsageError("-w -: standard output is used by stdio: already")
     with _open(file) as opened:
         serve([settings], verbose=verbose, recorder=Recorder(opened, payload))
 

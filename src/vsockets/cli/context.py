@@ -17,6 +17,7 @@ from .options import (
     cid_argument,
     json_option,
     members,
+    path_option,
     read_cid,
     read_user,
     reserved_ports_option,
@@ -58,11 +59,8 @@ class Profile(StrEnum):
     metavar="USER",
     help="User whose programs may join the guest: name or uid. Default: vsockd's user.",
 )
-@click.option(
-    "--vmx",
-    type=click.Path(path_type=Path),
-    metavar="FILE",
-    help="Take CID and name from this .vmx file of a VMware machine.",
+@path_option(
+    "--vmx", metavar="FILE", help="Take CID and name from this .vmx file of a VMware machine."
 )
 @click.option(
     "--profile",
@@ -73,9 +71,8 @@ class Profile(StrEnum):
 )
 @click.option("--unrestricted", is_flag=True, help="With --profile legacy: vmci0.unrestricted.")
 @click.option("--domain", metavar="DOMAIN", help="With --profile legacy: vmci0.domain.")
-@click.option(
+@path_option(
     "--hybrid",
-    type=click.Path(path_type=Path),
     metavar="PATH",
     help="Let clients connect to the guest's ports at this unix socket, by Firecracker's hybrid "
     "vsock (docs/hybrid.md).",
@@ -99,7 +96,7 @@ def add(
     """Add a guest and print its CID.  Starts vsockd if need be."""
     legacy = profile is Profile.LEGACY
     if not legacy and (unrestricted or domain is not None):
-        raise click.BadParameter("--unrestricted and --domain need --profile legacy")
+        raise click.UsageError("--unrestricted and --domain need --profile legacy")
     if vmx is not None:
         try:
             machine = read_vmx(vmx)
@@ -109,7 +106,7 @@ def add(
             unrestricted = unrestricted or machine.unrestricted
             domain = machine.domain if domain is None else domain
         except VmxError as error:
-            raise click.BadParameter(str(error)) from None
+            raise click.UsageError(f"--vmx {error}") from None
         if not legacy and (unrestricted or domain):
             notice(
                 f"{vmx}: vmci0.unrestricted and vmci0.domain are ignored, as since ESXi 5.1 "

@@ -21,7 +21,7 @@ from ..control import Events
 from ..model.locator import check_hybrid_path
 from .connect import administrator
 from .groups import group
-from .options import Decorator, LogFormat, log_format_option, read_cid
+from .options import Decorator, LogFormat, log_format_option, path_option, read_cid, seconds_option
 
 if TYPE_CHECKING:
     from ..devices.client import DeviceClient
@@ -38,14 +38,7 @@ def device() -> None:
 
 
 def _socket_option(help: str) -> Decorator[Any]:
-    return click.option(
-        "--socket",
-        "path",
-        type=click.Path(path_type=Path),
-        required=True,
-        metavar="PATH",
-        help=help,
-    )
+    return path_option("--socket", "path", required=True, metavar="PATH", help=help)
 
 
 _vhost_socket_option = _socket_option("Unix socket to create; the virtual machine connects to it.")
@@ -154,11 +147,9 @@ def virtio(
 @device.command("hybrid")
 @_socket_option("Unix socket of the virtual machine's monitor.")
 @_cid_option
-@click.option(
+@seconds_option(
     "--wait",
-    type=click.FloatRange(min=0),
     default=0.0,
-    metavar="SECONDS",
     help="Retry a connect to the guest this long while it has no listener, or the machine does "
     "not run, in seconds.",
 )
@@ -185,7 +176,7 @@ def hybrid(
     from ..devices.hybrid import HybridMachine
 
     if problem := check_hybrid_path(str(path.absolute())):
-        raise click.BadParameter(problem)
+        raise click.UsageError(f"--socket: {problem}")
     place = open_folder(path.absolute().parent)
     machines: list[HybridMachine] = []
 

@@ -9,7 +9,8 @@ import os
 CONNECT = {
     errno.ECONNRESET: "no program listens there, its backlog is full, or this context may not "
     "connect to it (see: vsock events denial); --wait SECONDS retries",
-    errno.EHOSTUNREACH: "no such context, or this one may not communicate with it",
+    errno.EHOSTUNREACH: "no such context, or this one may not communicate with it (see: vsock "
+    "context ls, vsock events denial)",
     errno.EADDRINUSE: "the source port is in use (see: vsock ls)",
     errno.EACCES: "ports below 1024 need CAP_NET_BIND_SERVICE",
     errno.EINVAL: "any is not a destination, or the buffer sizes of both sides do not overlap",
@@ -24,7 +25,8 @@ SEND = {
     errno.EMSGSIZE: "the message is too large",
     errno.ECONNREFUSED: "no datagram socket is bound there, or this context may not send to it "
     "(see: vsock events denial); --wait SECONDS retries",
-    errno.EHOSTUNREACH: "no such context, or this one may not communicate with it",
+    errno.EHOSTUNREACH: "no such context, or this one may not communicate with it (see: vsock "
+    "context ls, vsock events denial)",
     errno.ENETDOWN: "vsockd has ended",
 }
 

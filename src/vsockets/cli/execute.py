@@ -49,9 +49,9 @@ def split_command(command: str | None) -> list[str]:
     try:
         arguments = shlex.split(command)
     except ValueError as error:
-        raise click.BadParameter(f"--exec {command}: {error}") from None
+        raise click.UsageError(f"--exec {command}: {error}") from None
     if not arguments:
-        raise click.BadParameter("--exec: expected a command")
+        raise click.UsageError("--exec: expected a command")
     if shutil.which(arguments[0]) is None:  # before a client connects
         raise CliError(f"{arguments[0]}: {os.strerror(errno.ENOENT)}", NOT_FOUND)
     return arguments

@@ -111,10 +111,10 @@ def fabric(
     vsockd's log is printed on standard error, with what was denied.
     """
     if context.parent is not None and context.parent.params.get("folder") is not None:
-        raise click.BadParameter("--dir has no effect: vsock fabric uses a folder of its own")
+        raise click.UsageError("--dir has no effect: vsock fabric uses a folder of its own")
     paths = dict(hybrid)
     if len(paths) < len(hybrid):
-        raise click.BadParameter("a guest has one path (--hybrid CID=PATH)")
+        raise click.UsageError("--hybrid: two paths for one guest (expected one CID=PATH)")
     wanted = {one: paths.get(one) for one in (*guests, *paths)}
     if cid != VMADDR_CID_HOST:
         wanted.setdefault(cid, None)

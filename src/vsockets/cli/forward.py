@@ -18,8 +18,11 @@ from .groups import command
 from .options import (
     LogFormat,
     allow_option,
+    count_option,
     log_format_option,
     parser_of,
+    path_option,
+    seconds_option,
     source_argument,
     target_argument,
     verbose_option,
@@ -47,9 +50,8 @@ def _read_host_rule(text: str) -> Any:
 @command("forward")
 @source_argument
 @target_argument
-@click.option(
+@path_option(
     "--config",
-    type=click.Path(path_type=Path),
     metavar="FILE",
     help="Read any number of forwards from this file; SIGHUP reads it again.",
 )
@@ -62,38 +64,27 @@ def _read_host_rule(text: str) -> Any:
     help="Destination that clients of a proxy may connect to: *.example.org:443, 10.0.0.0/8; "
     "repeatable.",
 )
-@click.option(
+@seconds_option(
     "--idle",
-    type=click.FloatRange(min=0.0),
-    metavar="SECONDS",
     help="Close a connection that was silent in both directions for this long. Default: never.",
 )
-@click.option(
+@seconds_option(
     "--connect-timeout",
-    type=click.FloatRange(min=0.0),
     default=FORWARD_CONNECT_TIMEOUT_SECONDS,
-    metavar="SECONDS",
     help="Timeout of one attempt to connect to TO, in seconds.",
 )
-@click.option(
-    "--wait",
-    type=click.FloatRange(min=0.0),
-    default=0.0,
-    metavar="SECONDS",
-    help="Retry this long when TO does not accept connections, in seconds.",
+@seconds_option(
+    "--wait", default=0.0, help="Retry this long when TO does not accept connections, in seconds."
 )
-@click.option(
+@count_option(
     "--max-connections",
-    type=click.IntRange(min=1),
     default=FORWARD_CONNECTIONS_MAX,
     metavar="N",
     help="Concurrent connections; later clients wait.",
 )
-@click.option(
+@seconds_option(
     "--drain",
-    type=click.FloatRange(min=0.0),
     default=_DRAIN,
-    metavar="SECONDS",
     help="Time that open connections have to finish after SIGTERM, in seconds.",
 )
 @verbose_option
@@ -123,12 +114,12 @@ def forward(
 
     if config is not None:
         if source is not None:
-            raise click.BadParameter("--config: not allowed with FROM and TO")
+            raise click.UsageError("--config: not allowed with FROM and TO")
         file = config
         serve(_load(file), drain, verbose, log_format, reload=lambda: load(file))
         return
     if source is None or target is None:
-        raise click.BadParameter("expected FROM and TO, or --config FILE")
+        raise click.UsageError("FROM and TO: missing (expected both, or --config FILE)")
     try:
         settings = Settings(
             source,
@@ -141,7 +132,7 @@ def forward(
             max_connections=max_connections,
         )
     except ValueError as error:
-        raise click.BadParameter(str(error)) from None
+        raise click.UsageError(f"FROM and TO: {error}") from None
     serve([settings], drain, verbose, log_format)
 
 

@@ -20,6 +20,11 @@ class Argument(click.Argument):
         """Return the metavar and the help text."""
         return self.metavar or "", self.help or ""
 
+    def get_error_hint(self, ctx: click.Context | None) -> str:
+        """Return the name by which messages refer to the argument: FROM for ``[FROM]``."""
+        found = re.match(r"\[?([A-Z:]+)", self.metavar or "")
+        return found[1] if found else str(self.name).upper()
+
 
 class Command(click.Command):
     """A command whose help lists its arguments before its options."""

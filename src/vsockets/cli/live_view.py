@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from .options import Decorator
+from .options import Decorator, seconds_option
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -23,12 +23,8 @@ if TYPE_CHECKING:
 
 def interval_option(default: float) -> Decorator[Any]:
     """Declare ``--interval``."""
-    return click.option(
-        "--interval",
-        type=click.FloatRange(min=0.1),
-        default=default,
-        metavar="SECONDS",
-        help="Time between two updates, in seconds.",
+    return seconds_option(
+        "--interval", min=0.1, default=default, help="Time between two updates, in seconds."
     )
 
 

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 def require_private(where: Locator) -> None:
     """Raise a usage error for an address that other machines can reach."""
     if not is_loopback(where) and (where.datagram or not isinstance(where, Unix)):
-        raise click.BadParameter(
+        raise click.UsageError(
             f"--listen {where}: not private to this machine (expected unix:PATH or "
             "tcp:127.0.0.1:PORT; for other machines use a proxy that authenticates clients)"
         )

@@ -14,7 +14,7 @@ from ..control import Control
 from .connect import administrator
 from .groups import command
 from .live_view import View, interval_option, require_terminal, show
-from .options import json_option, members, read_cid, read_port, read_user
+from .options import count_option, json_option, members, read_cid, read_port, read_user
 from .output import Column, make_table, print_json, print_table, user_name
 from .socket_owners import Owners
 from .unix_diag import fill_queues
@@ -71,13 +71,7 @@ _COLUMNS = (
 )
 @click.option("--state", **members(State), multiple=True, help="Only sockets in this state.")
 @click.option("-l", "--listening", is_flag=True, help="Same as --state listening.")
-@click.option(
-    "--pid",
-    type=click.IntRange(min=0),
-    multiple=True,
-    metavar="PID",
-    help="Only sockets of this process.",
-)
+@count_option("--pid", min=0, multiple=True, metavar="PID", help="Only sockets of this process.")
 @click.option(
     "--user",
     type=read_user,
@@ -107,7 +101,7 @@ def ls(
     the backlog.
     """
     if listening and state not in ((), (State.LISTENING,)):
-        raise click.BadParameter("--listening and another --state exclude each other")
+        raise click.UsageError("--listening and another --state exclude each other")
     wanted = Filter(
         context=context,
         type=socket_type,

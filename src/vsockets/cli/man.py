@@ -12,7 +12,7 @@ from typing import NamedTuple
 import click
 
 from .groups import command, first_sentence
-from .options import argument
+from .options import path_argument
 
 _ENVIRONMENT = (
     ("VSOCKETS_DIR", "State folder; by default /run/vsock for root, else $XDG_RUNTIME_DIR/vsock."),
@@ -22,12 +22,7 @@ _ENVIRONMENT = (
 
 
 @command("man")
-@argument(
-    "folder",
-    type=click.Path(path_type=Path),
-    metavar="DIR",
-    help="Folder to write to, such as /usr/share/man.",
-)
+@path_argument("folder", metavar="DIR", help="Folder to write to, such as /usr/share/man.")
 @click.pass_context
 def man(context: click.Context, folder: Path) -> None:
     """Write the manual pages of all commands.

@@ -23,7 +23,7 @@ from .datagram_relay import DatagramRelay
 from .errors import BIND, CONNECT, CliError, cli_error
 from .execute import exec_on_socket, serve, split_command
 from .groups import command
-from .options import argument, cid_argument, read_cid, read_port
+from .options import argument, cid_argument, read_cid, read_port, seconds_option
 from .output import notice, user_name
 from .relay import StreamRelay
 
@@ -39,20 +39,16 @@ _datagram_option = click.option(
 _seqpacket_option = click.option(
     "--seqpacket", is_flag=True, help="Use sequenced packets instead of a stream."
 )
-_timeout_option = click.option(
+_timeout_option = seconds_option(
     "-w",
     "--timeout",
-    type=click.FloatRange(min=0.0),
-    metavar="SECONDS",
     help="Give up when the connection is not made in this time, or silent for this long. "
     "Default: never.",
 )
-_quit_option = click.option(
+_quit_option = seconds_option(
     "-q",
     "--quit",
     "quit_after",
-    type=click.FloatRange(min=0.0),
-    metavar="SECONDS",
     help="End this long after the end of standard input. Default: when the peer ends.",
 )
 _no_stdin_option = click.option(
@@ -76,12 +72,8 @@ _verbose_option = click.option(
 @_datagram_option
 @_seqpacket_option
 @_timeout_option
-@click.option(
-    "--wait",
-    type=click.FloatRange(min=0),
-    default=0.0,
-    metavar="SECONDS",
-    help="Retry this long while no program listens there, in seconds.",
+@seconds_option(
+    "--wait", default=0.0, help="Retry this long while no program listens there, in seconds."
 )
 @click.option(
     "-p",
@@ -249,9 +241,9 @@ def _receive_datagrams(
 
 def _type(datagram: bool, seqpacket: bool, execute: str | None) -> int:
     if datagram and seqpacket:
-        raise click.BadParameter("--datagram and --seqpacket exclude each other")
+        raise click.UsageError("--datagram and --seqpacket exclude each other")
     if datagram and execute is not None:
-        raise click.BadParameter("--exec needs a stream: datagrams have no start and no end")
+        raise click.UsageError("--exec needs a stream: datagrams have no start and no end")
     if datagram:
         return stdlib.SOCK_DGRAM
     return stdlib.SOCK_SEQPACKET if seqpacket else stdlib.SOCK_STREAM

@@ -19,8 +19,11 @@ from .groups import group
 from .options import (
     LogFormat,
     argument,
+    count_option,
     log_format_option,
     parser_of,
+    path_argument,
+    path_option,
     read_locator,
     verbose_option,
 )
@@ -62,9 +65,8 @@ def _read_export(text: str) -> Any:
     help=f"Address to serve at, vsock-dgram: or udp:; repeatable. "
     f"Default: vsock-dgram:{VMADDR_CID_HOST}:{PORT}.",
 )
-@click.option(
+@path_option(
     "--state",
-    type=click.Path(path_type=Path),
     metavar="FILE",
     help="State file that keeps file handles valid across restarts. "
     "Default: vsock/nfs in XDG_STATE_HOME or ~/.local/state.",
@@ -121,18 +123,17 @@ def serve(
     help="Address of the server, vsock-dgram: or udp:.",
 )
 @argument("export", metavar="EXPORT", help="Folder of the server to mount.")
-@argument(
-    "folder", type=click.Path(path_type=Path), metavar="FOLDER", help="Folder to mount it on."
-)
+@path_argument("folder", metavar="FOLDER", help="Folder to mount it on.")
 @click.option(
     "--mount-server",
     type=read_locator,
     metavar="ADDRESS",
     help="Address of the MOUNT protocol. Default: SERVER.",
 )
-@click.option(
+@count_option(
     "--transfer-size",
-    type=click.IntRange(min=512, max=65_536),
+    min=512,
+    max=65_536,
     default=65_536,
     metavar="BYTES",
     help="Largest READ or WRITE, in bytes; 32768 if UDP is used anywhere on the way.",
@@ -157,7 +158,7 @@ def mount(server: Any, export: str, folder: Path, mount_server: Any, transfer_si
 
 def _expect(locator: Locator, name: str) -> None:
     if not isinstance(locator, Vsock | Inet) or not locator.datagram:
-        raise click.BadParameter(f"{name} {locator}: expected vsock-dgram: or udp:")
+        raise click.UsageError(f"{name} {locator}: expected vsock-dgram: or udp:")
 
 
 def _default_state() -> Path:

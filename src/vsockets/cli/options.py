@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from enum import StrEnum
+from pathlib import Path
 from typing import Any, TypeVar
 
 import click
@@ -68,6 +69,38 @@ def members(kind: type[StrEnum]) -> dict[str, Any]:
 def argument(name: str, **attributes: Any) -> Decorator[Any]:
     """Declare a positional argument; ``help`` describes it."""
     return click.argument(name, cls=Argument, **attributes)
+
+
+class _Seconds(click.FloatRange):
+    name = "number of seconds"
+
+
+class _Count(click.IntRange):
+    name = "whole number"
+
+
+def seconds_option(
+    *names: str, min: float = 0.0, max: float | None = None, **attributes: Any
+) -> Decorator[Any]:
+    """Declare an option whose value is a time in seconds, a float."""
+    return click.option(*names, type=_Seconds(min, max), metavar="SECONDS", **attributes)
+
+
+def count_option(
+    *names: str, min: int = 1, max: int | None = None, **attributes: Any
+) -> Decorator[Any]:
+    """Declare an option whose value is a whole number."""
+    return click.option(*names, type=_Count(min, max), **attributes)
+
+
+def path_option(*names: str, **attributes: Any) -> Decorator[Any]:
+    """Declare an option whose value is the path of a file or folder, which need not exist."""
+    return click.option(*names, type=click.Path(path_type=Path), **attributes)
+
+
+def path_argument(name: str, **attributes: Any) -> Decorator[Any]:
+    """Declare a positional argument that is a path, as in :func:`path_option`."""
+    return argument(name, type=click.Path(path_type=Path), **attributes)
 
 
 class LogFormat(StrEnum):

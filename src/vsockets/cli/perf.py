@@ -21,7 +21,16 @@ from ..perf.limits import PERF_MESSAGE_MAX_BYTES, PERF_RUN_MAX_SECONDS
 from .connect import lasting_context, own_context
 from .errors import CONNECT, CliError, cli_error
 from .groups import group
-from .options import LogFormat, argument, json_option, members, read_locator
+from .options import (
+    LogFormat,
+    argument,
+    count_option,
+    json_option,
+    members,
+    path_option,
+    read_locator,
+    seconds_option,
+)
 from .output import notice, print_json
 
 if TYPE_CHECKING:
@@ -110,41 +119,37 @@ def serve(addresses: tuple[Locator, ...]) -> None:
 @perf.command("run")
 @_addresses_argument
 @click.option("--test", **members(Test), multiple=True, help="Run only this test; repeatable.")
-@click.option(
+@seconds_option(
     "--time",
     "seconds",
-    type=click.FloatRange(min=0.01, max=PERF_RUN_MAX_SECONDS),
+    min=0.01,
+    max=PERF_RUN_MAX_SECONDS,
     default=1.0,
-    metavar="SECONDS",
     help="Duration of each measurement, in seconds.",
 )
-@click.option(
+@count_option(
     "--rounds",
-    type=click.IntRange(min=1),
     default=3,
     metavar="N",
     help="Measurements of each address, in turns; the median is reported.",
 )
-@click.option(
+@count_option(
     "--size",
-    type=click.IntRange(min=1, max=PERF_MESSAGE_MAX_BYTES),
+    max=PERF_MESSAGE_MAX_BYTES,
     default=65_536,
     metavar="BYTES",
     help="Size of one write in throughput tests, in bytes.",
 )
-@click.option(
+@count_option(
     "--message",
-    type=click.IntRange(min=1, max=65_507),
+    max=65_507,
     default=64,
     metavar="BYTES",
     help="Size of a message in all other tests, in bytes.",
 )
 @json_option
-@click.option(
-    "--plot",
-    type=click.Path(path_type=Path),
-    metavar="FILE",
-    help="Also draw a chart to this .png or .svg file (needs matplotlib).",
+@path_option(
+    "--plot", metavar="FILE", help="Also draw a chart to this .png or .svg file (needs matplotlib)."
 )
 def run(
     addresses: tuple[Locator, ...],
@@ -173,7 +178,7 @@ def run(
                     _take_turns(measure, chosen, rounds, seconds, message if small else size)
                 )
     if not measurements:
-        raise click.BadParameter("--test: not supported by the socket type of any ADDRESS")
+        raise click.UsageError("--test: not supported by the socket type of any ADDRESS")
     if as_json:
         print_json([measurement.as_json() for measurement in measurements])
     else:

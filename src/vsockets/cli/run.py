@@ -92,7 +92,7 @@ def run(
     Starts vsockd if need be.
     """
     if reserved_ports and cid == VMADDR_CID_HOST:
-        raise click.BadParameter("--reserved-ports is for guests")
+        raise click.UsageError("--reserved-ports: not allowed for the host (expected a guest)")
     start: Callable[..., NoReturn] = run_here
     if "VSOCKETS_LAUNCHER" in os.environ:
         from .delegation import delegate as start

@@ -17,6 +17,7 @@ from .connect import administrator
 from .demo.vm import demo
 from .errors import CliError
 from .groups import group
+from .options import path_option, seconds_option
 from .output import notice
 from .run import context_of
 from .vm_options import (
@@ -51,12 +52,8 @@ def vm() -> None:
     is_flag=True,
     help="If no QEMU here supports the device, unpack Debian's newest below ~/.cache/vsockets.",
 )
-@click.option(
-    "--grace",
-    type=click.FloatRange(min=0.0),
-    default=10.0,
-    metavar="SECONDS",
-    help="Time that the guest has to power off when asked, in seconds.",
+@seconds_option(
+    "--grace", default=10.0, help="Time that the guest has to power off when asked, in seconds."
 )
 @click.pass_context
 def run(
@@ -82,10 +79,9 @@ def run(
 
 
 @vm.command("args")
-@click.option(
+@path_option(
     "--socket",
     "path",
-    type=click.Path(path_type=Path),
     required=True,
     metavar="PATH",
     help="Unix socket that the device creates and QEMU connects to.",
@@ -142,7 +138,7 @@ def _machine(
             cid = described.cid if cid is None else cid
             isolation = described.unrestricted or described.domain
         except VmxError as error:
-            raise click.BadParameter(str(error)) from None
+            raise click.UsageError(f"--vmx {error}") from None
         memory, cpus = memory or found.memory, cpus or found.cpus
         disks, cards = (*found.disks, *disks), found.cards
         firmware = find_firmware() if found.efi else ""

@@ -13,7 +13,7 @@ import click
 
 from ..vm.qemu_args import FORMATS, Disk
 from .errors import CliError
-from .options import argument, members, read_cid
+from .options import argument, count_option, members, parser_of, path_option, read_cid
 
 
 class Device(StrEnum):
@@ -42,16 +42,16 @@ _SUFFIXES = {"img": "raw", **{format: format for format in FORMATS}}
 _UNITS = {"": 1, "m": 1, "mib": 1, "g": 1024, "gib": 1024}
 
 
+@parser_of
 def _read_memory(text: str) -> int:
     """Return a size of memory in MiB."""
     found = re.fullmatch(r"(\d{1,9})(m|mib|g|gib|)", text.lower())
     if not found or int(found[1]) == 0:
-        raise click.BadParameter(
-            f"{text!r}: expected a number of MiB, or a size such as 512M or 2G"
-        )
+        raise ValueError(f"{text!r}: expected a number of MiB, or a size such as 512M or 2G")
     return int(found[1]) * _UNITS[found[2]]
 
 
+@parser_of
 def _read_disk(text: str) -> Disk:
     format, colon, path = text.partition(":")
     if not colon or format not in FORMATS:
@@ -59,13 +59,14 @@ def _read_disk(text: str) -> Disk:
     # The format is never detected from the contents, which a guest can write.
     if not format:
         formats = ", ".join(FORMATS)
-        raise click.BadParameter(f"{text}: expected FORMAT:PATH, where FORMAT is one of {formats}")
+        raise ValueError(f"{text!r}: expected FORMAT:PATH, where FORMAT is one of {formats}")
     return Disk(os.path.abspath(_existing_file(path)), format)
 
 
+@parser_of
 def _existing_file(path: str) -> str:
     if not os.path.exists(path):
-        raise click.BadParameter(f"{path}: no such file")
+        raise ValueError(f"{path!r}: no such file (expected an existing one)")
     return path
 
 
@@ -99,9 +100,8 @@ _MACHINE_OPTIONS = (
         "--name", default="", show_default=False, metavar="NAME", help="Name shown in listings."
     ),
     device_option,
-    click.option(
+    path_option(
         "--vmx",
-        type=click.Path(path_type=Path),
         metavar="FILE",
         help="Take defaults from this .vmx file of a VMware machine; options override them.",
     ),
@@ -138,9 +138,7 @@ _MACHINE_OPTIONS = (
         metavar="SIZE",
         help="Memory, in MiB or as in 2G. Default: 512M.",
     ),
-    click.option(
-        "--cpus", type=click.IntRange(min=1), metavar="N", help="Number of processors. Default: 1."
-    ),
+    count_option("--cpus", metavar="N", help="Number of processors. Default: 1."),
     click.option(
         "--network",
         **members(Network),

@@ -177,14 +177,14 @@ def parse_locator(text: str) -> Locator:
 def _vsock(rest: str, datagram: bool = False) -> Vsock:
     cid, colon, port = rest.rpartition(":")
     if not colon:
-        raise ValueError("expected CID:PORT")
+        raise ValueError(f"expected {'vsock-dgram' if datagram else 'vsock'}:CID:PORT")
     return Vsock(parse_cid(cid or "any"), parse_port(port), datagram)
 
 
 def _inet(rest: str, datagram: bool = False) -> Inet:
     host, colon, port = rest.rpartition(":")
     if not colon:
-        raise ValueError("expected HOST:PORT")
+        raise ValueError(f"expected {'udp' if datagram else 'tcp'}:HOST:PORT")
     if host.startswith("[") and host.endswith("]"):
         host = host[1:-1]
     elif ":" in host:
@@ -212,7 +212,7 @@ def _unix(rest: str, datagram: bool = False) -> Unix:
 def _mux(rest: str) -> VsockMux:
     path, colon, port = rest.rpartition(":")
     if not colon:
-        raise ValueError("expected PATH:PORT")
+        raise ValueError("expected vsock-mux:PATH:PORT")
     number = parse_port(port)
     if number == VMADDR_PORT_ANY:
         raise ValueError(f"port {port!r}: expected a number; hybrid vsock has no wildcard")
@@ -224,7 +224,7 @@ def _folder(convention: str) -> Callable[[str], Locator]:
         address, _, port = rest.rpartition(":")
         path, colon, cid = address.rpartition(":")
         if not colon:
-            raise ValueError("expected DIR:CID:PORT")
+            raise ValueError(f"expected {convention}:DIR:CID:PORT")
         numbers = parse_cid(cid or "host"), parse_port(port)
         if VMADDR_CID_ANY in numbers:
             raise ValueError("expected a CID and a port; a unix socket's name has no wildcard")

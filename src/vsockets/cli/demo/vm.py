@@ -23,7 +23,7 @@ import click
 from ..connect import keep_trying
 from ..errors import CliError
 from ..groups import command
-from ..options import json_option
+from ..options import json_option, path_option
 from ..output import Column, notice, print_json, print_table
 from ..vm_options import (
     Accelerator,
@@ -74,10 +74,9 @@ class _Step(NamedTuple):
 @command("demo")
 @device_option
 @accel_option
-@click.option(
+@path_option(
     "--copy",
     "folder",
-    type=click.Path(path_type=Path),
     metavar="DIR",
     help="Folder to copy into the guest and back. Default: generated files.",
 )
@@ -94,7 +93,7 @@ def demo(device: Device, accel: Accelerator, folder: Path | None, as_json: bool)
 
     require_qmp()
     if folder is not None and not folder.is_dir():
-        raise click.BadParameter(f"--copy {folder}: no such folder")
+        raise click.UsageError(f"--copy {folder}: no such folder")
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, lambda number, _: sys.exit(128 + number))
     began = time.monotonic()

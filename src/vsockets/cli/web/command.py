@@ -40,7 +40,7 @@ def web(listen: Any, open_browser: bool, interval: float) -> None:
     another is printed, for another browser.
     """
     if not is_loopback(listen):
-        raise click.BadParameter(f"--listen {listen}: expected tcp:127.0.0.1:PORT")
+        raise click.UsageError(f"--listen {listen}: expected tcp:127.0.0.1:PORT")
     from .access import Access
     from .site import Site
     from .watcher import Watcher
