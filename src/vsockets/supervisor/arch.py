@@ -27,6 +27,7 @@ class Architecture(NamedTuple):
     ppoll: int
     prctl: int
     ptrace: int
+    rt_sigaction: int
     tgkill: int
     write: int
     writev: int
@@ -81,6 +82,7 @@ ARCHITECTURES = {
         ppoll=271,
         prctl=157,
         ptrace=101,
+        rt_sigaction=13,
         tgkill=234,
         write=1,
         writev=20,
@@ -127,6 +129,7 @@ ARCHITECTURES = {
         ppoll=73,
         prctl=167,
         ptrace=117,
+        rt_sigaction=134,
         tgkill=131,
         write=64,
         writev=66,

@@ -10,6 +10,7 @@ from collections.abc import Awaitable, Callable, Coroutine, Generator
 from socket import SOCK_CLOEXEC, SOCK_NONBLOCK
 from typing import Generic, NamedTuple, TypeVar
 
+from .._linux.sockets import cookie_of
 from .arch import Architecture
 from .filter import Served
 from .interception import CallInterrupted, InterceptedCall, Interceptor
@@ -152,10 +153,13 @@ class Call:
             self.check()
             if os.fstat(fd).st_ino != endpoint.inode:
                 raise failure(errno.EBADF)
-            return _socket.socket(_AF_UNIX, endpoint.type, 0, fd)
+            sock = _socket.socket(_AF_UNIX, endpoint.type, 0, fd)
         except BaseException:
             os.close(fd)
             raise
+        if not endpoint.cookie:
+            endpoint.cookie = cookie_of(sock)
+        return sock
 
     def credentials(self) -> Credentials | None:
         """Return the credentials to send requests to vsockd with; None for the supervisor's own."""
@@ -232,8 +236,8 @@ class Call:
         plain = type_ & ~_TYPE_FLAGS
         sockets = self.services.sockets
 
-        def created(inode: int, cookie: int) -> None:
-            sockets.add(inode, Endpoint(plain, inode, cookie))
+        def created(inode: int) -> None:
+            sockets.add(inode, Endpoint(plain, inode))
 
         data_calls = SERVED.get(plain)
         self.services.interceptor.create_socket(self.intercepted, type_, data_calls, created)

@@ -115,6 +115,13 @@ class StoppedThread:
         self.held: list[int] = []  #: signals that could not be blocked
         self.is_group_stopped = False  #: a signal has stopped its process meanwhile
 
+    def may_step(self) -> bool:
+        """Return whether SIGTRAP may stop the thread: not where its program may ignore SIGTRAP.
+
+        The kernel ends that, since it cannot ignore a signal that it raises itself.
+        """
+        return False
+
 
 class Injector:
     """Injects calls into stopped threads.
@@ -208,9 +215,16 @@ class Injector:
             thread.place = Place.AT_EXIT
         else:
             self._block_signals(thread)
-            self._enter(thread, number, arguments)
+            self._prepare(thread, number, arguments)
+            if thread.may_step():
+                result = self._step_over(thread)
+            else:
+                self._enter(thread)
+                result = None
             if thread.place is Place.AT_TRAP:
                 thread.place = Place.AT_EXIT
+            if result is not None:
+                return result
         while self._run(thread).event is Event.SECCOMP:
             self._pass_filter(thread)
         return self._registers(thread).result
@@ -328,15 +342,39 @@ class Injector:
 
     # Inside
 
-    def _enter(self, thread: StoppedThread, number: int, arguments: tuple[int, ...]) -> None:
-        """Have a thread enter the call ``number``, at an instruction that makes system calls."""
+    def _prepare(self, thread: StoppedThread, number: int, arguments: tuple[int, ...]) -> None:
+        """Move a thread to an instruction that makes the call ``number``."""
         assert thread.saved is not None
         registers = thread.saved.copy()
         registers.rewind_to(thread.instruction)
         registers.prepare(number, arguments)
         self._set_registers(thread, registers)
+
+    def _enter(self, thread: StoppedThread) -> None:
+        """Have a thread enter the call that it has been moved to."""
         stop = self._run(thread)
         assert stop.event is Event.SYSTEM_CALL, stop
+
+    def _step_over(self, thread: StoppedThread) -> int:
+        """Have a thread make the call that it has been moved to; return the result.
+
+        One stop instead of the two of entering and leaving the call: each takes two context
+        switches.
+        """
+        first, behind = thread.instruction, thread.instruction + len(self._ptrace.trap)
+        while True:
+            stop = self._resume_to_stop(self._ptrace.step, thread)
+            if stop.event is Event.SECCOMP:
+                self._pass_filter(thread)
+            elif stop.event is Event.SIGNAL:
+                registers = self._registers(thread)
+                if stop.signal != signal.SIGTRAP or registers.instruction not in (first, behind):
+                    self._hold(thread, stop.signal)
+                    continue
+                if registers.instruction == first or self._is_sent(thread):
+                    thread.held.append(signal.SIGTRAP)  # by a process; the kernel sends no second
+                if registers.instruction == behind:
+                    return registers.result
 
     def _return_to_call(self, thread: StoppedThread) -> None:
         """Move a thread back to the stop before its call, from a later stop."""
@@ -356,17 +394,25 @@ class Injector:
     def _run(self, thread: StoppedThread) -> Stop:
         """Resume a thread until it enters or leaves a system call; return that stop."""
         while True:
-            self._request(self._ptrace.resume_to_call, thread)
-            stop = self._next_stop(thread)
+            stop = self._resume_to_stop(self._ptrace.resume_to_call, thread)
             if stop.event in (Event.SYSTEM_CALL, Event.SECCOMP):
                 return stop
             if stop.event is Event.SIGNAL:
-                if stop.signal in _FAULTS:
-                    self._abandon(thread, stop.signal)
-                if stop.signal != signal.SIGSYS:  # that of a filter of the program's own
-                    thread.held.append(stop.signal)
-            elif stop.event is Event.GROUP_STOP:
-                thread.is_group_stopped = True
+                self._hold(thread, stop.signal)
+
+    def _resume_to_stop(self, resume: Callable[[int], None], thread: StoppedThread) -> Stop:
+        self._request(resume, thread)
+        stop = self._next_stop(thread)
+        if stop.event is Event.GROUP_STOP:
+            thread.is_group_stopped = True
+        return stop
+
+    def _hold(self, thread: StoppedThread, number: int) -> None:
+        """Keep a signal that has come during an injected call, to be sent again after it."""
+        if number in _FAULTS:
+            self._abandon(thread, number)
+        if number != signal.SIGSYS:  # that of a filter of the program's own
+            thread.held.append(number)
 
     def _abandon(self, thread: StoppedThread, number: int) -> None:
         """Resume a thread that cannot make calls, and deliver the fault ``number`` to it."""
@@ -392,6 +438,12 @@ class Injector:
     def _call_of(self, thread: StoppedThread) -> SystemCall:
         try:
             return self._ptrace.call_of(thread.number)
+        except OSError as error:
+            raise self._lost(thread, error) from None
+
+    def _is_sent(self, thread: StoppedThread) -> bool:
+        try:
+            return self._ptrace.is_sent(thread.number)
         except OSError as error:
             raise self._lost(thread, error) from None
 

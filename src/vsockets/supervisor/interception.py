@@ -120,12 +120,12 @@ class Interceptor(Protocol):
         call: InterceptedCall,
         type_: int,
         data_calls: Served | None,
-        created: Callable[[int, int], None],
+        created: Callable[[int], None],
     ) -> None:
         """Give the process a new unix socket, and let the call return its number.
 
         ``type_`` may include SOCK_NONBLOCK and SOCK_CLOEXEC.  ``created`` is called with the
-        socket's inode and cookie before the program can use it.  The rest is as in
+        socket's inode before the program can use it.  The rest is as in
         :meth:`answer_with_descriptor`.
         """
 

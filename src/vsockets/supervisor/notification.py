@@ -23,7 +23,6 @@ from socket import AF_UNIX, SOCK_CLOEXEC
 from typing import NamedTuple
 
 from .._linux.libc import libc
-from .._linux.sockets import cookie_of
 from .arch import Architecture
 from .filter import Rule, Served, assemble
 from .interception import CallInterrupted, InterceptedCall, Interruption, Surroundings
@@ -344,11 +343,11 @@ class NotificationInterceptor:
         call: InterceptedCall,
         type_: int,
         data_calls: Served | None,
-        created: Callable[[int, int], None],
+        created: Callable[[int], None],
     ) -> None:
         """Create a socket here, and give the process a copy of it."""
         with contextlib.closing(_socket.socket(AF_UNIX, type_ | SOCK_CLOEXEC)) as sock:
-            created(os.fstat(sock.fileno()).st_ino, cookie_of(sock))
+            created(os.fstat(sock.fileno()).st_ino)
             close_on_exec = bool(type_ & SOCK_CLOEXEC)
             self.answer_with_descriptor(call, sock.fileno(), close_on_exec, data_calls)
 

@@ -20,7 +20,7 @@ from .._linux.libc import libc
 from .arch import Architecture
 
 # linux/ptrace.h
-_CONT, _SYSCALL = 7, 24
+_CONT, _STEP, _SYSCALL = 7, 9, 24
 _DETACH = 17
 _SETOPTIONS, _GETEVENTMSG, _GETSIGINFO = 0x4200, 0x4201, 0x4202
 _GETREGSET, _SETREGSET = 0x4204, 0x4205
@@ -254,6 +254,10 @@ class Ptrace:
         """Resume a thread until it enters or leaves a system call."""
         self._request(_SYSCALL, thread, 0, number)
 
+    def step(self, thread: int) -> None:
+        """Resume a thread for one instruction: SIGTRAP stops it behind that."""
+        self._request(_STEP, thread)
+
     def listen(self, thread: int) -> None:
         """Leave a thread in its group stop; the end of the stop is reported."""
         self._request(_LISTEN, thread)
@@ -278,6 +282,13 @@ class Ptrace:
             return None
         arguments = self.registers(thread).arguments
         return SystemCall(number, architecture, address, arguments, mark)
+
+    def is_sent(self, thread: int) -> bool:
+        """Return whether a process has sent the signal that a thread is about to get."""
+        info = ctypes.create_string_buffer(_SIGNAL_INFO_SIZE)
+        self._request(_GETSIGINFO, thread, 0, ctypes.addressof(info))
+        code: int = _SIGNAL_INFO.unpack_from(info)[2]
+        return code <= 0
 
     def message(self, thread: int) -> int:
         """Return the message of an event, such as the number of a new thread."""

@@ -93,9 +93,11 @@ class Endpoint:
         "type",
     )
 
-    def __init__(self, type_: int, inode: int, cookie: int) -> None:
+    def __init__(self, type_: int, inode: int, cookie: int = 0) -> None:
         self.type = type_
         self.inode = inode
+        #: 0 until the supervisor has a copy of the socket for the first time, as every call does
+        #: that asks vsockd for something.
         self.cookie = cookie
         self.phase = Phase.NEW
         self.local = UNBOUND

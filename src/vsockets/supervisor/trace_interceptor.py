@@ -20,9 +20,10 @@ import signal
 import struct
 from collections import deque
 from collections.abc import Callable, Sequence
-from socket import AF_UNIX, SOL_SOCKET
+from socket import AF_UNIX
 
 from .._linux.bpf import NOTIFY
+from .._linux.inspection import status_field
 from .arch import Architecture
 from .filter import (
     COPYING,
@@ -65,8 +66,8 @@ _SET_MODE_FILTER, _ALL_THREADS = 1, 1
 _PR_SET_NO_NEW_PRIVS = 38
 #: struct sock_fprog: how many instructions, and where.
 _PROGRAM = struct.Struct("=H6xQ")
-_SO_COOKIE = 57
-_COOKIE = struct.Struct("=Q")
+#: The beginning of struct sigaction: the handler.
+_HANDLER = struct.Struct("=Q")
 
 #: How long a thread whose call waits stays stopped before it waits in the kernel, in seconds.
 #: vsockd usually answers sooner, and two stops are saved.  Signals are delivered afterwards.
@@ -95,12 +96,19 @@ class StoppedCall(InterceptedCall):
 class Process:
     """A process all of whose threads are traced."""
 
-    __slots__ = ("covered", "number", "space", "threads")
+    __slots__ = ("covered", "ignores_trap", "number", "space", "threads")
 
-    def __init__(self, number: int, covered: dict[Served, list[Numbers]], space: Space) -> None:
+    def __init__(
+        self,
+        number: int,
+        covered: dict[Served, list[Numbers]],
+        space: Space,
+        ignores_trap: bool,
+    ) -> None:
         self.number = number
         self.covered = covered
         self.space = space
+        self.ignores_trap = ignores_trap  #: whether it ignores SIGTRAP
         self.threads: set[int] = set()
 
     def covers(self, kind: Served, number: int) -> bool:
@@ -124,6 +132,10 @@ class Thread(StoppedThread):
         self.interrupted: Callable[[], None] | None = None  #: set while its call's handler waits
         self.restarts = False  #: whether a signal may have its call made again
         self.timer = 0  #: the key of the wait after which it is put to sleep, or 0
+
+    def may_step(self) -> bool:
+        """Return whether the process does not ignore SIGTRAP."""
+        return not self.process.ignores_trap
 
 
 class TraceInterceptor:
@@ -192,7 +204,7 @@ class TraceInterceptor:
         call: InterceptedCall,
         type_: int,
         data_calls: Served | None,
-        created: Callable[[int, int], None],
+        created: Callable[[int], None],
     ) -> None:
         """Let the thread make a unix socket, and return its number from its call."""
         thread = self._thread_of(call)
@@ -201,7 +213,7 @@ class TraceInterceptor:
         if inode is None:  # the process has ended, or may not be inspected
             self._injector.call(thread, self._machine.close, number)
             raise OSError(errno.EPERM, os.strerror(errno.EPERM))
-        created(inode, self._cookie_of(thread, number))
+        created(inode)
         self._finish_with(call, thread, number, data_calls)
 
     def answer_with_descriptor(
@@ -405,6 +417,8 @@ class TraceInterceptor:
             self._injector.answer(thread, -errno.ENOSYS)
         elif self._copies(call):
             self._follow_copy(thread, call)
+        elif call.number == self._machine.rt_sigaction:
+            self._follow_action(thread, call)
         elif call.number == self._machine.ptrace:
             self._refuse_to_trace(thread, call)
         else:
@@ -437,6 +451,13 @@ class TraceInterceptor:
             with contextlib.suppress(OSError):  # it has no standard error
                 self._processes.report(pid, text, self.duplicate, lambda: True)
         self._injector.answer(thread, -errno.EPERM)
+
+    def _follow_action(self, thread: Thread, call: SystemCall) -> None:
+        """Let a thread set its process's action for SIGTRAP."""
+        with contextlib.suppress(OSError):
+            action = self._processes.read(thread.number, call.arguments[1], _HANDLER.size)
+            thread.process.ignores_trap = _HANDLER.unpack(action)[0] == signal.SIG_IGN
+        self._injector.let_through(thread)
 
     def _copies(self, call: SystemCall) -> bool:
         machine = self._machine
@@ -495,14 +516,6 @@ class TraceInterceptor:
         # A positive result is a thread with a filter of its own, which cannot have this one.
         return errno.EBUSY if result > 0 else -result
 
-    def _cookie_of(self, thread: Thread, number: int) -> int:
-        size = _COOKIE.size
-        at = self._injector.write_scratch(thread, struct.pack("=QI", 0, size))
-        arguments = (number, SOL_SOCKET, _SO_COOKIE, at, at + size)
-        self._injector.checked(thread, self._machine.getsockopt, *arguments)
-        (cookie,) = _COOKIE.unpack(self._processes.read(thread.number, at, size))
-        return int(cookie)
-
     # Threads and processes that begin and end
 
     def _add(self, number: int, process: Process) -> Thread:
@@ -513,7 +526,8 @@ class TraceInterceptor:
     def _add_process(self, number: int) -> Process:
         process = self._inherited.pop(number, None)
         if process is None:
-            process = Process(number, {kind: [] for kind in Served}, Space())
+            covered: dict[Served, list[Numbers]] = {kind: [] for kind in Served}
+            process = Process(number, covered, Space(), _ignores_trap(number))
         self._by_process[number] = process
         return process
 
@@ -536,7 +550,7 @@ class TraceInterceptor:
             if thread.process is not process and not any(thread.process.covered.values()):
                 thread.process.covered = covered
         elif event is not Event.CLONE or not self._is_thread(process, number):
-            self._inherited[number] = Process(number, covered, space)
+            self._inherited[number] = Process(number, covered, space, process.ignores_trap)
 
     def _is_thread(self, process: Process, number: int) -> bool:
         try:
@@ -577,6 +591,12 @@ class TraceInterceptor:
             interrupted()
 
 
+def _ignores_trap(pid: int) -> bool:
+    with contextlib.suppress(OSError), open(f"/proc/{pid}/status", "rb") as status:
+        return bool(int(status_field(status.read(), b"SigIgn"), 16) & 1 << signal.SIGTRAP - 1)
+    return True
+
+
 def _traced(architecture: Architecture, rule: Rule) -> Rule:
     """Return the rule of a filter for tracing that intercepts what ``rule`` has notified of."""
     if rule.action != NOTIFY:
@@ -595,6 +615,8 @@ class TraceMechanism:
             Rule(architecture.ptrace, MARKED_TRACE, (When(0, ArgumentCondition.EQUAL, request),))
             for request in (PTRACE_TRACEME, PTRACE_ATTACH, PTRACE_SEIZE)
         ]
+        equal = When(0, ArgumentCondition.EQUAL, signal.SIGTRAP)
+        made.append(Rule(architecture.rt_sigaction, MARKED_TRACE, (equal,)))
         install_filter(architecture, assemble(architecture, made, other=MARKED_TRACE), 0)
         return []
 
