@@ -10,7 +10,7 @@ from rich.console import Console
 
 from vsockets.cli import ls, top
 from vsockets.cli.output import Column, make_table
-from vsockets.cli.perf_report import Measurement, print_report
+from vsockets.cli.perf import Measurement, print_report
 from vsockets.perf.measures import Result
 from vsockets.testing import PrivateFabric
 

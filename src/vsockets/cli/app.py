@@ -48,7 +48,7 @@ SECTIONS: dict[str, dict[str, tuple[str, str]]] = {
         "events": ("events", "Print life-cycle events of guests and denials until Ctrl-C."),
         "metrics": ("metrics", "Print or serve vsockd's counters in Prometheus's text format."),
         "capture": ("capture", "Record the packets of a device or a forwarder as pcap."),
-        "disconnect": ("disconnect", "Close the stream between two addresses."),
+        "disconnect": ("context", "Close the stream between two addresses."),
     },
     "Services": {
         "amqp": ("amqp", "Give guests access to RabbitMQ through three proxies."),

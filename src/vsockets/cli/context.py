@@ -1,4 +1,4 @@
-"""``vsock context``: manage the guests of the fabric."""
+"""``vsock context`` and ``vsock disconnect``: manage the fabric's guests and streams."""
 
 from __future__ import annotations
 
@@ -9,14 +9,16 @@ from typing import Any
 
 import click
 
+from ..model.address import parse_cid, parse_port
 from ..vmware import VmxError, read_vmx
 from .connect import administrator
-from .groups import group
+from .groups import command, group
 from .options import (
     argument,
     cid_argument,
     json_option,
     members,
+    parser_of,
     path_option,
     read_cid,
     read_user,
@@ -259,3 +261,23 @@ def power_on(cid: int) -> None:
     """Power a guest on."""
     with administrator() as control:
         report_left(control.power_on(cid))
+
+
+@parser_of
+def _read_address(text: str) -> tuple[int, int]:
+    cid, colon, port = text.rpartition(":")
+    if not colon:
+        raise ValueError(f"{text!r}: expected CID:PORT, as vsock ls shows it")
+    return parse_cid(cid), parse_port(port)
+
+
+@command("disconnect")
+@argument("local", type=_read_address, metavar="CID:PORT")
+@argument("peer", type=_read_address, metavar="CID:PORT")
+def disconnect(local: tuple[int, int], peer: tuple[int, int]) -> None:
+    """Close the stream between two addresses.  Their order does not matter.
+
+    Both ends see what they see when a guest is suspended; vsockd logs the user who asked.
+    """
+    with administrator() as control:
+        report_left(control.disconnect(local, peer))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import os
 import socket as stdlib
 
 import click
@@ -19,15 +18,12 @@ from ..model.constants import (
 )
 from ..socket import socket
 from .connect import keep_trying, lasting_context, own_context
-from .datagram_relay import DatagramRelay
 from .errors import BIND, CONNECT, CliError, cli_error
 from .execute import exec_on_socket, serve, split_command
 from .groups import command
 from .options import argument, cid_argument, read_cid, read_port, seconds_option
 from .output import notice, user_name
-from .relay import StreamRelay
-
-Address = tuple[int, int]
+from .relay import Address, DatagramRelay, StreamRelay
 
 #: Errors after which --wait retries: no listener yet, no such guest yet, no vsockd yet.
 _NOT_YET = {errno.ECONNRESET, errno.EHOSTUNREACH, errno.ENODEV}
@@ -106,7 +102,6 @@ def connect(
     """
     kind = _type(datagram, seqpacket, execute)
     program = split_command(execute)
-    _open_standard_descriptors()
     if datagram:
         context = lasting_context()
         DatagramRelay(
@@ -174,7 +169,6 @@ def listen(
     """
     kind = _type(datagram, seqpacket, execute)
     program = split_command(execute)
-    _open_standard_descriptors()
     address = (VMADDR_CID_ANY if cid is None else cid), port
     announce = verbose or port == VMADDR_PORT_ANY
     if datagram:
@@ -290,12 +284,3 @@ def _describe(address: Address) -> str:
 def _describe_peer(sock: socket) -> str:
     pid, uid, _ = sock.peer_credentials()
     return f"{_describe(sock.getpeername())} (pid {pid}, user {user_name(uid)}, uid {uid})"
-
-
-def _open_standard_descriptors() -> None:
-    """Open /dev/null for closed standard descriptors, so that no socket gets their numbers."""
-    for fd in (0, 1, 2):
-        try:
-            os.fstat(fd)
-        except OSError:
-            os.open(os.devnull, os.O_RDWR)

@@ -8,14 +8,16 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from .. import logs
+from ..extras import how_to_install
 from ..model.locator import Locator, Vsock, parse_locator
 from ..perf.limits import PERF_MESSAGE_MAX_BYTES, PERF_RUN_MAX_SECONDS
 from .connect import lasting_context, own_context
@@ -31,12 +33,11 @@ from .options import (
     read_locator,
     seconds_option,
 )
-from .output import notice, print_json
+from .output import Column, notice, print_json, print_table
 
 if TYPE_CHECKING:
     # Imported late, in functions: these take longer than most commands.
     from ..perf.measures import PerfClient, Result
-    from .perf_report import Measurement
 
 
 @group("perf")
@@ -165,7 +166,6 @@ def run(
 
     Without an ADDRESS: vSockets, unix sockets and TCP within this machine.
     """
-    from .perf_report import print_report, save_plot
 
     with contextlib.ExitStack() as stack:
         locators = list(addresses) or stack.enter_context(_served_here())
@@ -196,7 +196,6 @@ def _take_turns(
 ) -> Measurement:
     from ..perf.measures import PerfClient
     from ..perf.protocol import PerfProtocolError
-    from .perf_report import Measurement
 
     context = own_context()
     results: dict[str, list[Result]] = {str(locator): [] for locator in locators}
@@ -238,3 +237,103 @@ def _served_here() -> Iterator[list[Locator]]:
             process.terminate()
             process.wait()
             process.stderr.close()
+
+
+# The report
+
+
+@dataclass(frozen=True, slots=True)
+class Measurement:
+    """The results of one test over several addresses; the first is the baseline."""
+
+    size: int  #: of one write or message, in bytes
+    results: dict[str, Result]
+
+    @property
+    def first(self) -> Result:
+        """The result that the others are compared with."""
+        return next(iter(self.results.values()))
+
+    @property
+    def title(self) -> str:
+        """The test's name, message size and unit."""
+        better = "more" if self.first.more_is_better else "less"
+        return f"{self.first.name}, {self.size} bytes, {self.first.unit} ({better} is better)"
+
+    def as_json(self) -> dict[str, Any]:
+        """Return the results as a JSON value."""
+        return {
+            "name": self.first.name,
+            "size": self.size,
+            "unit": self.first.unit,
+            "more_is_better": self.first.more_is_better,
+            "results": [
+                {
+                    "address": address,
+                    "value": result.value,
+                    "ratio": result.value / self.first.value if self.first.value else None,
+                    "details": result.details,
+                }
+                for address, result in self.results.items()
+            ],
+        }
+
+
+def print_report(measurements: Sequence[Measurement]) -> None:
+    """Print a table with bars for each measurement."""
+    for number, measurement in enumerate(measurements):
+        if number:
+            print()
+        print(measurement.title)
+        longest = max(result.value for result in measurement.results.values()) or 1.0
+        details = [name for name in measurement.first.details if name != "bytes"]
+        columns = [
+            Column("ADDRESS", least=10),
+            Column(measurement.first.unit.upper(), right=True),
+            Column("RATIO", right=True),
+            Column("", bar=True),
+            *(Column(name.upper(), right=True, spare=at) for at, name in enumerate(details, 1)),
+        ]
+        print_table(
+            columns,
+            (
+                (
+                    address,
+                    _number(result.value),
+                    f"{result.value / (measurement.first.value or 1.0):.2f}",
+                    result.value / longest,
+                    *(_number(result.details[name]) for name in details),
+                )
+                for address, result in measurement.results.items()
+            ),
+        )
+
+
+def _number(value: float) -> str:
+    return f"{value:,.0f}" if value >= 1000 or value == int(value) else f"{value:,.1f}"
+
+
+def save_plot(measurements: Sequence[Measurement], file: Path) -> None:
+    """Draw the bars to ``file``, in the format of its suffix.
+
+    Raises CliError if matplotlib is missing or the file cannot be written.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise CliError(f"--plot needs matplotlib: {how_to_install('plot')}") from None
+    figure = Figure(figsize=(8, 1 + 1.3 * len(measurements)), layout="constrained")
+    axes = figure.subplots(len(measurements), 1, squeeze=False)[:, 0]
+    for axis, measurement in zip(axes, measurements, strict=True):
+        addresses = list(measurement.results)
+        values = [result.value for result in measurement.results.values()]
+        bars = axis.barh(addresses, values, color=[f"C{i}" for i in range(len(values))])
+        axis.bar_label(bars, [_number(value) for value in values], padding=3)
+        axis.invert_yaxis()  # the first one is at the top
+        axis.margins(x=0.15)
+        axis.set_title(measurement.title, loc="left", fontsize=10)
+        axis.spines[["top", "right"]].set_visible(False)
+    try:
+        figure.savefig(file)
+    except (OSError, ValueError) as error:  # ValueError: unsupported format
+        raise CliError(f"{file}: {error}") from None
