@@ -25,6 +25,7 @@ class Block(NamedTuple):
     language: str
     text: str
     note: str  #: the HTML comment directly before it
+    seen: tuple[str, ...]  #: code in the next paragraph if that begins with "You see"
 
 
 def name_of(page: Path) -> str:
@@ -84,13 +85,22 @@ def anchors(page: Path) -> frozenset[str]:
 
 def blocks(page: Path) -> Iterator[Block]:
     """Yield the fenced blocks of code."""
+    tokens = _tokens(page)
     note = ""
-    for token in _tokens(page):
+    for number, token in enumerate(tokens):
         if token.type == "html_block" and token.content.startswith("<!--"):
             note = " ".join(token.content.strip().removeprefix("<!--").removesuffix("-->").split())
         elif token.type == "fence":
             line = (token.map or [0])[0] + 1
-            yield Block(line, token.info.strip(), token.content, note)
+            yield Block(line, token.info.strip(), token.content, note, _seen(tokens, number + 1))
             note = ""
         else:
             note = ""
+
+
+def _seen(tokens: list[Token], number: int) -> tuple[str, ...]:
+    following = [token for token in tokens[number : number + 2] if token.type == "inline"]
+    for token in following:
+        if token.content.startswith("You see `"):
+            return tuple(re.findall(r"`([^`]+)`", token.content.partition(". ")[0]))
+    return ()
