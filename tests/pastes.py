@@ -9,7 +9,8 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
-from cli.vsock import PATIENCE
+#: Timeout of the commands of a block, in seconds: some compile a library, the first time.
+_PATIENCE = 170.0
 
 #: A block of commands, and the sentence after it about their output.
 _PASTE = re.compile(r"^```sh\n(.*?)^```\n+(?:You see `([^`]+)`)?", re.MULTILINE | re.DOTALL)
@@ -39,7 +40,7 @@ def run_paste(
         env={**os.environ, "PATH": os.pathsep.join(map(str, path)), **(environment or {})},
         capture_output=True,
         text=True,
-        timeout=PATIENCE,
+        timeout=_PATIENCE,
         check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr

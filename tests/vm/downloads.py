@@ -26,6 +26,7 @@ __all__ = [
     "qemu",
     "rabbitmq",
     "rust_back_end",
+    "rust_libraries",
     "storage_client",
     "systemd_notify",
     "tls_libraries",
@@ -186,6 +187,27 @@ def go_libraries() -> Path:
     return cached("go-libraries", fill) / "usr/share/gocode"
 
 
+#: A relative path is one from the parent of the file's folder.
+_CARGO = """\
+[source.crates-io]
+replace-with = "debian"
+[source.debian]
+directory = "usr/share/cargo/registry"
+"""
+
+
+def rust_libraries() -> Path:
+    """Return the ``CARGO_HOME`` with Debian's Rust libraries that the examples use."""
+
+    def fill(folder: Path) -> None:
+        _STABLE.unpack(folder, *_STABLE.with_dependencies("librust-tokio-vsock-dev"))
+        home = folder / "cargo-home"
+        home.mkdir()
+        (home / "config.toml").write_text(_CARGO)
+
+    return cached("rust-libraries", fill) / "cargo-home"
+
+
 #: Debian 13's systemd-notify with its libraries.
 _SYSTEMD = (
     *("systemd", "libsystemd-shared", "libsystemd0", "libc6", "libmount1", "libblkid1", "libcap2"),
@@ -237,6 +259,7 @@ def main() -> None:
         "nghttpx and tinyproxy": http2_proxy,
         "nfs-ganesha": ganesha,
         "Go libraries": go_libraries,
+        "Rust libraries": rust_libraries,
         "systemd-notify": systemd_notify,
     }
     for name, fetch in everything.items():
