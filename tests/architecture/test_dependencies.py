@@ -26,7 +26,7 @@ PLAIN = ("vsockets.model", "vsockets.limits")
 
 #: How virtual machines are described; the rest of ``vsockets.vm`` starts them.
 DESCRIPTIONS = [
-    "vsockets.vmware.vmx",
+    "vsockets.vmware",
     *(f"vsockets.vm.{name}" for name in ("hardware", "qemu_args", "life_cycle")),
 ]
 
@@ -113,7 +113,7 @@ def test_decisions_and_codec_do_no_io(package: str) -> None:
 @pytest.mark.parametrize("module", DESCRIPTIONS)
 def test_virtual_machines_are_described_in_plain_values(module: str) -> None:
     # `from . import x` names the package too, which holds descriptions only.
-    plain = ("vsockets.vmware", *DESCRIPTIONS, *PLAIN)
+    plain = (*DESCRIPTIONS, *PLAIN)
     assert all(within(name, *plain) for name in ours(module) - {"vsockets.vm"})
     doers = {"socket", "select", "asyncio", "threading", "subprocess", "time", "signal"}
     assert not doers & set(imports(module))
@@ -131,7 +131,7 @@ def test_only_tools_start_virtual_machines() -> None:
 
 
 def test_configuration_is_plain_values() -> None:
-    configuration = {"vsockets.daemon.configuration", "vsockets.toml.tables", "vsockets.toml.lines"}
+    configuration = {"vsockets.daemon.configuration", "vsockets.toml"}
     known = (*PLAIN, "vsockets.fabric", "vsockets.vmware", "vsockets.toml", *configuration)
     for module in configuration:
         # `from . import x` names the package too, which holds nothing.

@@ -8,7 +8,7 @@ import pytest
 
 from vsockets.forward.settings import HostRule, PeerRule, Settings, load
 from vsockets.model.locator import Inet, Proxy, Vsock, parse_locator
-from vsockets.toml.tables import ConfigurationError
+from vsockets.toml import ConfigurationError
 
 
 @pytest.mark.parametrize(
@@ -79,7 +79,7 @@ def test_all_keys_of_a_file_are_read(tmp_path: Path) -> None:
         ("[[forward]]", ":1: forward: missing from"),
         ('[[forward]]\nfrom = "tcp::1"', "missing to"),
         ('[[forward]]\nfrom = 3\nto = "tcp:a:1"', ":2: forward.from: 3 is an integer"),
-        ('[[forward]]\nfrom = "tcp::1"\nto = "tcp:a"', ":3: forward.to: 'tcp:a': expected HOST"),
+        ('[[forward]]\nfrom = "tcp::1"\nto = "tcp:a"', ":3: forward.to: 'tcp:a': expected tcp:"),
         ('[[forward]]\nfrom = "tcp::1"\nto = "tcp::2"', "expected a target with a host"),
         ('[[forward]]\nfrom = "tcp::1"\nto = "tcp:a:2"\nfro = 1', "did you mean from?"),
         ('[[forward]]\nfrom = "tcp::1"\nto = "tcp:a:2"\nidle = "1"', ":4: forward.idle: "),

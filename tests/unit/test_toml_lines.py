@@ -10,10 +10,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vsockets.toml.lines import Path, line_of, toml_lines
+from vsockets.toml import KeyPath, line_of, toml_lines
 
 
-def paths(value: Any, path: Path = ()) -> Iterator[Path]:
+def paths(value: Any, path: KeyPath = ()) -> Iterator[KeyPath]:
     """Yield the path of every key and element in a document parsed by tomllib."""
     if isinstance(value, dict):
         inner: Any = value.items()
@@ -81,7 +81,7 @@ def paths(value: Any, path: Path = ()) -> Iterator[Path]:
         ("a = [1.5,true,1979-05-27]\r\n\r\nb = '''\r\n'''\r\nc = 1\r\n", None),
     ],
 )
-def test_lines(text: str, lines: dict[Path, int] | None) -> None:
+def test_lines(text: str, lines: dict[KeyPath, int] | None) -> None:
     found = toml_lines(text)
     assert set(found) == set(paths(tomllib.loads(text)))
     assert lines is None or found == lines
@@ -123,9 +123,9 @@ class Writer:
     def __init__(self, draw: st.DrawFn) -> None:
         self.draw = draw
         self.text = ""
-        self.lines: dict[Path, int] = {}
+        self.lines: dict[KeyPath, int] = {}
 
-    def note(self, path: Path) -> None:
+    def note(self, path: KeyPath) -> None:
         self.lines[path] = self.text.count("\n") + 1
 
     def name(self, name: str) -> str:
@@ -139,12 +139,12 @@ class Writer:
     def blanks(self) -> None:
         self.text += self.draw(st.sampled_from(["", "\n", "# [x]\n", "  ", '\t# "\n\n']))
 
-    def pair(self, table: Path, name: str, depth: int, inline: bool) -> None:
+    def pair(self, table: KeyPath, name: str, depth: int, inline: bool) -> None:
         self.note((*table, name))
         self.text += self.name(name) + self.draw(st.sampled_from(["=", " = ", "\t=  "]))
         self.value((*table, name), depth, inline)
 
-    def value(self, path: Path, depth: int, inline: bool) -> None:
+    def value(self, path: KeyPath, depth: int, inline: bool) -> None:
         kind = self.draw(st.integers(0, 6 if depth else 4))
         text = self.draw(strings)
         if kind == 0:
@@ -179,7 +179,7 @@ class Writer:
         else:
             self.text += "1"
 
-    def pairs(self, table: Path) -> None:
+    def pairs(self, table: KeyPath) -> None:
         for name in self.draw(st.lists(names, unique=True, max_size=3)):
             self.blanks()
             self.pair(table, name, 2, False)
@@ -187,10 +187,10 @@ class Writer:
 
 
 @st.composite
-def documents(draw: st.DrawFn) -> tuple[str, dict[Path, int]]:
+def documents(draw: st.DrawFn) -> tuple[str, dict[KeyPath, int]]:
     writer = Writer(draw)
     for table in draw(st.lists(names, unique=True, max_size=4)):
-        path: Path = (f"table {table}",)
+        path: KeyPath = (f"table {table}",)
         header = writer.name(f"table {table}")
         if draw(st.booleans()):
             writer.blanks()
@@ -214,7 +214,7 @@ def documents(draw: st.DrawFn) -> tuple[str, dict[Path, int]]:
 
 @given(documents())
 def test_keys_of_generated_documents_have_their_lines(
-    document: tuple[str, dict[Path, int]],
+    document: tuple[str, dict[KeyPath, int]],
 ) -> None:
     text, lines = document
     assert set(paths(tomllib.loads(text))) == set(lines), "the writer writes what it says"

@@ -1,5 +1,9 @@
 """Capture files of the traffic of the forwarder, and of a virtual machine's device.
 
+A file is a file header and any number of records (``pcap-savefile(5)``, with nanosecond
+timestamps).  Records have the format of Linux's ``vsockmon`` device
+(:mod:`vsockets.protocol.vsockmon`).
+
 The forwarder writes each record at once, in its own thread: a slow reader of the file slows down
 the traffic and misses no record.  A device does not wait for the reader: a reader that is too slow
 misses records, and the next record says how many.
@@ -9,6 +13,7 @@ from __future__ import annotations
 
 import signal
 import socket
+import struct
 import time
 from collections.abc import Callable
 from typing import BinaryIO
@@ -17,8 +22,46 @@ from ..attachment import Attachment
 from ..limits import CAPTURE_PAYLOAD_MAX_BYTES
 from ..model.constants import AF_VSOCK, VMADDR_PORT_ANY
 from ..protocol import client
-from ..protocol.vsockmon import Address, Captured, Operation
-from .pcap import captured_record, file_header, record
+from ..protocol.vsockmon import HEADER_SIZE, Address, Captured, Operation, encode_header
+
+#: The link type's number in tcpdump.org's list.
+LINKTYPE_VSOCK = 271
+
+_MAGIC_NANOSECONDS = 0xA1B23C4D
+_VERSION = (2, 4)
+_FILE_HEADER = struct.Struct("<IHHiIII")
+_RECORD_HEADER = struct.Struct("<IIII")
+
+#: Bytes of a virtio-vsock packet header, the longest header of a transport.
+_LONGEST_TRANSPORT_HEADER = 44
+
+
+def file_header() -> bytes:
+    """Return the header that begins a capture file."""
+    longest = HEADER_SIZE + _LONGEST_TRANSPORT_HEADER + CAPTURE_PAYLOAD_MAX_BYTES
+    return _FILE_HEADER.pack(_MAGIC_NANOSECONDS, *_VERSION, 0, 0, longest, LINKTYPE_VSOCK)
+
+
+def record(
+    nanoseconds: int,
+    operation: Operation,
+    source: Address,
+    destination: Address,
+    payload: bytes = b"",
+    limit: int = CAPTURE_PAYLOAD_MAX_BYTES,
+) -> bytes:
+    """Return a record at ``nanoseconds`` since 1970 with at most ``limit`` bytes of payload."""
+    header = encode_header(operation, source, destination)
+    whole = len(header) + len(payload)
+    return captured_record(Captured(nanoseconds, 0, whole, header + payload[:limit]))
+
+
+def captured_record(captured: Captured) -> bytes:
+    """Return the capture file's record for ``captured``, a packet that a device has reported."""
+    seconds, rest = divmod(captured.nanoseconds, 1_000_000_000)
+    header = _RECORD_HEADER.pack(seconds, rest, len(captured.body), captured.length)
+    return header + captured.body
+
 
 #: Size in bytes of a device's largest message: payload and headers.
 _MESSAGE_MAX_BYTES = CAPTURE_PAYLOAD_MAX_BYTES + 4096

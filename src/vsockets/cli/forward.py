@@ -175,7 +175,7 @@ def serve(
 
 def _load(path: Path) -> list[Settings]:
     from ..forward.settings import load
-    from ..toml.tables import ConfigurationError
+    from ..toml import ConfigurationError
 
     try:
         return load(path)

@@ -19,7 +19,7 @@ from ..fabric.settings import ContextSettings, Grant, Isolation, Limits, Profile
 from ..limits import NAME_MAX_CHARACTERS
 from ..model.address import FIRST_GUEST_CID, LAST_GUEST_CID
 from ..model.locator import check_hybrid_path
-from ..toml.tables import ConfigurationError, Table, kind, read_toml, shown
+from ..toml import ConfigurationError, Table, kind, read_toml, shown
 from ..vmware import Vmx, VmxError, read_vmx
 
 __all__ = [

@@ -32,7 +32,7 @@ from ..model.locator import (
     parse_inet_port,
     parse_locator,
 )
-from ..toml.tables import Table, kind, read_toml, shown
+from ..toml import Table, kind, read_toml, shown
 from .limits import (
     FORWARD_CONNECT_TIMEOUT_SECONDS,
     FORWARD_CONNECTIONS_MAX,

@@ -9,7 +9,7 @@ import os
 import re
 from dataclasses import dataclass
 
-from ..vmware.vmx import Vmx
+from ..vmware import Vmx
 from .qemu_args import SATA_PORTS, Card, Disk
 
 #: VMware's default memory in MiB, and the unit that its size must be a multiple of.

@@ -302,7 +302,7 @@ def _fetch(url: str, cid: int) -> _Step:
 
 def _shell(guest: GuestClient) -> None:
     """Run a shell in the guest on this terminal."""
-    from ...vm.console import console
+    from ...vm.machine import console
 
     size = os.get_terminal_size()
     with guest.start("sh", size=size) as sock:

@@ -22,7 +22,7 @@ from ...eventloop.loop import Acceptor, EventLoop
 from ...fabric import Change, Context, ContextSettings, Refused
 from ...model.address import FIRST_GUEST_CID, LARGEST, LAST_GUEST_CID
 from ...state_folder import short_path
-from ...toml.tables import Table, kind, one_of, shown
+from ...toml import Table, kind, one_of, shown
 from ..broker import Broker
 from ..configuration import (
     LARGEST_ID,

@@ -20,8 +20,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 
-from ..limits import VMX_FILE_MAX_BYTES
-from ..model.constants import VMADDR_CID_ANY, VMADDR_CID_HOST
+from .limits import VMX_FILE_MAX_BYTES
+from .model.constants import VMADDR_CID_ANY, VMADDR_CID_HOST
 
 #: The first virtual hardware version in which a VMCI device is always present (guide page 23).
 FIRST_VMCI_HARDWARE = 7

@@ -1,17 +1,21 @@
-"""TOML files read with type checks; errors name file, line and key."""
+"""TOML files read with type checks; errors name file, line and key.
+
+tomllib does not report lines.  :func:`toml_lines` finds the line of each key: of a text that
+tomllib has accepted it only follows the grammar (TOML 1.0), and records where values begin.
+"""
 
 from __future__ import annotations
 
 import re
 import tomllib
+from bisect import bisect_right
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-from ..limits import CONFIGURATION_FILE_MAX_BYTES
-from . import lines as toml_lines
+from .limits import CONFIGURATION_FILE_MAX_BYTES
 
 #: TOML guarantees 64-bit signed integers; Python reads larger ones.
 LARGEST_INTEGER = (1 << 63) - 1
@@ -51,13 +55,13 @@ class Table:
     """
 
     file: Path | None
-    lines: Mapping[toml_lines.Path, int]
-    path: toml_lines.Path  #: from the document's root
+    lines: Mapping[KeyPath, int]
+    path: KeyPath  #: from the document's root
     values: Mapping[str, Any]
 
     def place(self, *inner: str | int) -> str:
         """Return ``FILE:LINE`` of the value at ``inner`` in this table; by default of the table."""
-        line = toml_lines.line_of(self.lines, self.path + inner)
+        line = line_of(self.lines, self.path + inner)
         return f"{self.file}:{line or 1}"
 
     def error(self, problem: str, *inner: str | int) -> ConfigurationError:
@@ -66,7 +70,7 @@ class Table:
         key = ".".join(_spelled(name) for name in path if isinstance(name, str))
         if self.file is None:
             return ConfigurationError("", None, key, problem)
-        line = toml_lines.line_of(self.lines, path)
+        line = line_of(self.lines, path)
         return ConfigurationError(str(self.file), line or 1, key, problem)
 
     def require_known(self, *known: str) -> None:
@@ -140,7 +144,7 @@ def read_toml(path: Path) -> Table:
     text = _read(path)
     try:
         values = tomllib.loads(text)
-        lines = toml_lines.toml_lines(text)
+        lines = toml_lines(text)
     except tomllib.TOMLDecodeError as error:
         raise _syntax_error(path, text, str(error)) from error
     except (ValueError, RecursionError) as error:
@@ -205,3 +209,135 @@ def shown(value: str | int | float) -> str:
 
 def _spelled(key: str) -> str:
     return key if _PLAIN_KEY.fullmatch(key) else shown(key)
+
+
+#: Keys and, within arrays, indices from the document's root to a value.
+KeyPath = tuple[str | int, ...]
+
+_BLANK = re.compile(r"(?:[ \t\r\n]|#[^\n]*)*+")
+_SPACES = re.compile(r"[ \t]*")
+_STRING = re.compile(
+    # The three quotes that end a multi-line string may follow one or two quotes of its text.
+    r'''"""(?:[^\\]|\\.)*?""""{0,2} | \'\'\'.*?\'\'\'\'{0,2} | "(?:[^"\\]|\\.)*" | '[^']*' ''',
+    re.DOTALL | re.VERBOSE,
+)
+_BARE_KEY = re.compile(r"[A-Za-z0-9_-]+")
+_OTHER_VALUE = re.compile(r"[^,\]}\#\n]*")
+
+
+def line_of(lines: Mapping[KeyPath, int], path: KeyPath) -> int | None:
+    """Return the line of ``path``, or of its nearest parent with a known line; else None."""
+    while path and path not in lines:
+        path = path[:-1]
+    return lines.get(path)
+
+
+def toml_lines(text: str) -> dict[KeyPath, int]:
+    """Return the line, from 1, of every key and every array element in ``text``.
+
+    A table's line is that of its header or, without a header, of its first key.  An array of tables
+    has the line of its first header, and each element the line of the element's header.
+    """
+    return _Walk(text).lines
+
+
+class _Walk:
+    """One pass over a document."""
+
+    def __init__(self, text: str) -> None:
+        self.lines: dict[KeyPath, int] = {}
+        self._text = text
+        self._at = 0
+        self._ends = [match.start() for match in re.finditer("\n", text)]
+        self._elements: dict[KeyPath, int] = {}  # elements so far of each array of tables
+        table: KeyPath = ()
+        self._skip(_BLANK)
+        while self._at < len(text):
+            if text[self._at] == "[":
+                table = self._header()
+            else:
+                self._pair(table)
+            self._skip(_BLANK)
+
+    def _header(self) -> KeyPath:
+        start = self._at
+        is_array = self._text.startswith("[[", start)
+        self._at += 1 + is_array
+        *outer, last = self._key()
+        self._at += 1 + is_array
+        table: KeyPath = ()
+        for name in outer:
+            table = self._latest((*table, name))
+            self._note(table, start, implied=True)
+        table = (*table, last)
+        if is_array:
+            count = self._elements[table] = self._elements.get(table, 0) + 1
+            self._note(table, start, implied=True)
+            table = (*table, count - 1)
+        self._note(table, start)
+        return table
+
+    def _latest(self, path: KeyPath) -> KeyPath:
+        """Return ``path``; append the latest element's index if it is an array of tables."""
+        return (*path, self._elements[path] - 1) if path in self._elements else path
+
+    def _pair(self, table: KeyPath) -> None:
+        start = self._at
+        *outer, last = self._key()
+        for name in outer:
+            table = (*table, name)
+            self._note(table, start, implied=True)
+        self._at += 1  # the equals sign
+        self._skip(_SPACES)
+        self._note((*table, last), start)
+        self._value((*table, last))
+
+    def _key(self) -> list[str]:
+        """Read a dotted key, and the white space around it."""
+        names = []
+        while True:
+            self._skip(_SPACES)
+            if quoted := self._take(_STRING):
+                names.append(str(tomllib.loads(f"key = {quoted}")["key"]))
+            else:
+                names.append(self._take(_BARE_KEY))
+            self._skip(_SPACES)
+            if not self._text.startswith(".", self._at):
+                return names
+            self._at += 1
+
+    def _value(self, path: KeyPath) -> None:
+        opening = self._text[self._at]
+        if opening in "[{":
+            self._at += 1
+            self._skip(_BLANK)
+            index = 0
+            while self._text[self._at] not in "]}":
+                if opening == "{":
+                    self._pair(path)
+                else:
+                    self._note((*path, index), self._at)
+                    self._value((*path, index))
+                    index += 1
+                self._skip(_BLANK)
+                if self._text[self._at] == ",":
+                    self._at += 1
+                    self._skip(_BLANK)
+            self._at += 1
+        elif not self._take(_STRING):
+            self._take(_OTHER_VALUE)
+
+    def _note(self, path: KeyPath, at: int, implied: bool = False) -> None:
+        """Record the line of position ``at`` for ``path``; ``implied`` keeps a recorded line."""
+        if not (implied and path in self.lines):
+            self.lines[path] = bisect_right(self._ends, at) + 1
+
+    def _skip(self, pattern: re.Pattern[str]) -> None:
+        self._take(pattern)
+
+    def _take(self, pattern: re.Pattern[str]) -> str:
+        match = pattern.match(self._text, self._at)
+        if match is None:
+            return ""
+        self._at = match.end()
+        return match[0]

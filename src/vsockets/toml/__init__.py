@@ -1,1 +1,0 @@
-"""A TOML reader whose errors name file, line and key."""
