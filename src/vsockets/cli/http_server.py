@@ -12,13 +12,19 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import http
+import os
+import signal
 import socket
 import urllib.parse
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import h11
 
+from ..eventloop.asyncio_server import Listener
+from ..eventloop.service import on_signals
+from ..model.locator import Locator
 from .limits import (
     HTTP_ACCEPTS_PER_TURN_MAX,
     HTTP_BACKLOG_MAX,
@@ -196,3 +202,37 @@ async def _write(writer: asyncio.StreamWriter, data: bytes | None) -> None:
     writer.write(data or b"")
     async with asyncio.timeout(HTTP_WRITE_TIMEOUT_SECONDS):
         await writer.drain()
+
+
+def serve(
+    where: Locator,
+    prepare: Callable[[str], Handler],
+    *beside: Callable[[], Coroutine[Any, Any, None]],
+) -> None:
+    """Serve HTTP at ``where`` until Ctrl-C or SIGTERM; only the user can connect to a unix socket.
+
+    ``prepare`` is called with the address once clients can connect, and returns the handler;
+    the coroutines of ``beside`` run as long as the server.
+    """
+
+    async def run() -> None:
+        handler = prepare(listener.where)
+        async with asyncio.TaskGroup() as group:
+            tasks = [group.create_task(HttpServer(listener.sockets[0], handler).serve())]
+            tasks += [group.create_task(other()) for other in beside]
+            on_signals({signal.SIGTERM: lambda: _cancel(tasks)})
+
+    mask = os.umask(0o077)
+    try:
+        listener = Listener(where)
+    finally:
+        os.umask(mask)
+    try:
+        asyncio.run(run())
+    finally:
+        listener.close()
+
+
+def _cancel(tasks: Sequence[asyncio.Task[None]]) -> None:
+    for task in tasks:
+        task.cancel()

@@ -11,8 +11,7 @@ from ..model.text import printable
 from .connect import administrator
 from .groups import command
 from .limits import METRICS_CONTEXTS_MAX
-from .local_http import require_private, serve
-from .options import read_locator
+from .options import read_locator, require_private
 from .output import notice
 
 if TYPE_CHECKING:
@@ -57,6 +56,7 @@ def metrics(listen: Any) -> None:
         print(_read(), end="")
         return
     require_private(listen)
+    from .http_server import serve
 
     def prepare(where: str) -> Handler:
         notice(f"serving /metrics at {str(listen).partition(':')[0]}:{where}")

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import click
 
 from ..model.address import parse_cid, parse_port
-from ..model.locator import parse_locator
+from ..model.locator import Inet, Locator, Unix, parse_locator
 from .groups import Argument
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
@@ -149,3 +149,29 @@ allow_option = click.option(
     help="Accept vSockets clients from this CID (and ports) only; repeatable. "
     "Default: accept every client.",
 )
+
+
+# Addresses to serve this machine only
+
+
+def require_private(where: Locator) -> None:
+    """Raise a usage error for an address that other machines can reach."""
+    if not is_loopback(where) and (where.datagram or not isinstance(where, Unix)):
+        raise click.UsageError(
+            f"--listen {where}: not private to this machine (expected unix:PATH or "
+            "tcp:127.0.0.1:PORT; for other machines use a proxy that authenticates clients)"
+        )
+
+
+def is_loopback(where: Locator) -> bool:
+    """Return whether ``where`` is a numeric loopback address of TCP; names can be reassigned."""
+    import ipaddress  # imported here: most commands do not need it
+
+    try:
+        return (
+            isinstance(where, Inet)
+            and not where.datagram
+            and ipaddress.ip_address(where.host).is_loopback
+        )
+    except ValueError:
+        return False

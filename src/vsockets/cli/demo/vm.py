@@ -22,15 +22,11 @@ import click
 
 from ..connect import keep_trying
 from ..errors import CliError
-from ..groups import command
-from ..options import json_option, path_option
 from ..output import Column, notice, print_json, print_table
-from ..vm_options import (
+from ..vm import (
     Accelerator,
     Device,
-    accel_option,
     accelerators,
-    device_option,
     find_qemu,
     require_qmp,
 )
@@ -71,23 +67,10 @@ class _Step(NamedTuple):
     result: str
 
 
-@command("demo")
-@device_option
-@accel_option
-@path_option(
-    "--copy",
-    "folder",
-    metavar="DIR",
-    help="Folder to copy into the guest and back. Default: generated files.",
-)
-@json_option
-def demo(device: Device, accel: Accelerator, folder: Path | None, as_json: bool) -> None:
-    """Boot a guest without a network card, and access it by vSockets.
+def show(device: Device, accel: Accelerator, folder: Path | None, as_json: bool) -> None:
+    """Boot a guest, copy ``folder`` in and out, fetch a page from it, and print the report.
 
-    The guest consists of packages of this machine's distribution: its kernel, busybox, and Python
-    with this program.  A folder is copied in and out, a web page is fetched from the guest, and
-    on a terminal the demo ends with a shell in the guest.  Downloads (by apt, some 150 MB, 300 MB
-    on disk) are kept in ~/.cache/vsockets; nothing else is left.
+    Raises CliError if the guest cannot be made or does not answer.
     """
     from ...testing import PrivateFabric
 

@@ -15,8 +15,7 @@ import click
 
 from ..groups import command
 from ..live_view import interval_option
-from ..local_http import is_loopback, serve
-from ..options import read_locator
+from ..options import is_loopback, read_locator
 from ..output import notice
 
 if TYPE_CHECKING:
@@ -41,6 +40,7 @@ def web(listen: Any, open_browser: bool, interval: float) -> None:
     """
     if not is_loopback(listen):
         raise click.UsageError(f"--listen {listen}: expected tcp:127.0.0.1:PORT")
+    from ..http_server import serve
     from .access import Access
     from .site import Site
     from .watcher import Watcher
