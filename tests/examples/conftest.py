@@ -1,21 +1,37 @@
-"""The folders of ``examples/``, each with the commands of its page."""
+"""The folders of ``examples/``, each with the commands of its page, run as they are printed."""
 
 from __future__ import annotations
 
+import os
 import shutil
-from collections.abc import Callable
+import subprocess
+import sys
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import pytest
 
-from pastes import pastes_of, run_paste
+from documentation.markdown import Block, blocks
 
 ROOT = Path(__file__).parents[2]
 EXAMPLES = ROOT / "examples"
 
+#: Timeout of the commands of a block, in seconds: some compile a library, the first time.
+_PATIENCE = 170.0
+
 #: Runs the commands of an example's page that contain a word, with more environment variables:
 #: (name, word, variables).
 RunPage = Callable[..., None]
+
+
+def pastes_of(name: str) -> list[Block]:
+    """Return the blocks of commands of an example's page; each has output to see."""
+    found = list(blocks(EXAMPLES / name / "README.md"))
+    assert found, f"examples/{name} has no commands"
+    for block in found:
+        assert block.language == "sh", f"examples/{name}, line {block.line}: expected sh"
+        assert block.seen, f"examples/{name}, line {block.line}: no 'You see `…`'"
+    return found
 
 
 @pytest.fixture
@@ -24,10 +40,31 @@ def run_page(tmp_path: Path) -> RunPage:
 
     def run(name: str, word: str = "", **environment: str) -> None:
         shutil.copytree(EXAMPLES / name, tmp_path / "examples" / name)
-        pastes = pastes_of(EXAMPLES / name / "README.md")
-        chosen = {paste: seen for paste, seen in pastes.items() if word in paste}
+        chosen = [block for block in pastes_of(name) if word in block.text]
         assert chosen
-        for paste, seen in chosen.items():
-            run_paste(paste, seen, tmp_path, tmp_path, environment)
+        for block in chosen:
+            _run(block, tmp_path, environment)
 
     return run
+
+
+def _run(block: Block, folder: Path, environment: Mapping[str, str]) -> None:
+    """Run commands in ``folder``, which ``/tmp`` becomes in them, and check their output."""
+    programs = folder / "bin"
+    programs.mkdir(exist_ok=True)
+    vsock = programs / "vsock"
+    vsock.write_text(f'#!/bin/sh\nexec "{sys.executable}" -m vsockets.cli "$@"\n')
+    vsock.chmod(0o755)
+    path = (programs, Path(sys.executable).parent, os.environ["PATH"])
+    done = subprocess.run(
+        ["sh", "-ec", block.text.replace("/tmp/", f"{folder}/")],  # other tests may use /tmp
+        cwd=folder,
+        env={**os.environ, "PATH": os.pathsep.join(map(str, path)), **environment},
+        capture_output=True,
+        text=True,
+        timeout=_PATIENCE,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    for seen in block.seen:
+        assert seen in done.stdout, done.stdout + done.stderr

@@ -6,9 +6,7 @@ import re
 
 import pytest
 
-from pastes import pastes_of
-
-from .conftest import EXAMPLES, ROOT
+from .conftest import EXAMPLES, ROOT, pastes_of
 
 FOLDERS = sorted(path.name for path in EXAMPLES.iterdir() if path.is_dir())
 TABLE = (ROOT / "docs" / "examples.md").read_text()
@@ -18,7 +16,7 @@ TABLE = (ROOT / "docs" / "examples.md").read_text()
 def test_an_example_has_a_short_page_and_a_row(name: str) -> None:
     page = EXAMPLES / name / "README.md"
     assert len(page.read_text().splitlines()) <= 60
-    assert pastes_of(page)
+    assert pastes_of(name)
     row = re.search(rf"\(\.\./examples/{name}/README\.md\).*", TABLE)
     tests = re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", row[0] if row else "")
     assert tests, f"docs/examples.md has no row of {name} with its test"
