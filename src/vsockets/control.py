@@ -64,6 +64,10 @@ class Control:
         the connections not yet accepted and their limit.  For a stream both are None: the kernel
         reports its queues (as ``ss`` does) under ``inode`` or ``peer_inode``, whichever is not
         None.
+
+        ``bytes_sent``, ``bytes_received`` and, per second, ``send_rate`` and ``receive_rate`` are
+        those that a device or a forwarder has moved and reported; None for other sockets, whose
+        bytes the kernel does not count.
         """
         return self._request("sockets")  # type: ignore[no-any-return]
 
@@ -76,7 +80,8 @@ class Control:
         ``connects`` counts streams that the context's programs opened, ``accepts`` streams that
         were opened to the context; ``refusals`` counts requests that failed with an errno, and
         ``denials`` those that a rule denied, by rule.  These only increase.  ``sockets`` and
-        ``streams`` are the current numbers.
+        ``streams`` are the current numbers.  The four numbers of bytes are those of
+        :meth:`sockets`, summed over all streams of a virtual machine; None in other contexts.
         """
         return self._request("counts")  # type: ignore[no-any-return]
 

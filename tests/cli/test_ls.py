@@ -118,15 +118,15 @@ def test_queues(vsock: Vsock, fabric: PrivateFabric) -> None:
 
 
 def test_the_table_fits_a_terminal_and_cuts_no_address(vsock: Vsock, sockets: int) -> None:
-    narrow = ["TYPE", "STATE", "RECV-Q", "SEND-Q", "LOCAL", "PEER", "USER", "PROCESS"]
+    narrow = ["TYPE", "STATE", "RECV-Q", "SEND-Q", "BYTES/S", "LOCAL", "PEER", "USER", "PROCESS"]
     vsock.environment["COLUMNS"] = "80"
     lines = vsock("ls").stdout.splitlines()
-    assert lines[0].split() == narrow
+    assert lines[0].split() == [title for title in narrow if title != "USER"]
     assert all(len(line) <= 80 for line in lines)
     assert any(f"{sockets}:4000000000" in line for line in lines)
     assert any(f" {os.getpid()}" in line for line in lines)
     vsock.environment["COLUMNS"] = "120"
-    assert vsock("ls").stdout.split()[:10] == [*narrow[:6], "CONTEXT", "BUFFER", *narrow[6:]]
+    assert vsock("ls").stdout.split()[:11] == [*narrow[:7], "CONTEXT", "BUFFER", *narrow[7:]]
 
 
 def test_watching(vsock: Vsock, fabric: PrivateFabric) -> None:

@@ -36,10 +36,12 @@ def drawn(columns: Sequence[Column], rows: Sequence[Sequence[Any]], width: int) 
 def test_contexts_in_top(width: int, cid: int) -> None:
     rates = dict.fromkeys(("connects", "accepts", "refusals", "denials"), 12345.6)
     row = {"cid": cid, "name": LONG_NAME, "state": "suspended", "sockets": 4096, "streams": 4096}
+    row |= {"send_rate": 123456.7, "receive_rate": 0.0}
     _, line = drawn(top._CONTEXTS, [top._context_row({**row, "rates": rates})], width)
     assert line.split()[0] == str(cid)
     assert "a-virtu" in line and line.count("…") <= 1
     assert ("suspended" in line) is (width >= 80)
+    assert "123k" in line or width < 80
     if width >= 120:
         assert line.count("1234") == 4
 
@@ -60,10 +62,13 @@ def test_sockets(width: int) -> None:
         "pid": 1234567,
         "user": "administrator",
         "command": "a-program-of-15",
+        "send_rate": 123456.7,
+        "receive_rate": 0.0,
     }
     _, line = drawn(ls._COLUMNS, [ls._row(row)], width)
     assert line.count(address) == 2
     assert "1234567" in line
+    assert "123k" in line or width < 200
 
 
 def test_contexts(vsock: Vsock, fabric: PrivateFabric) -> None:

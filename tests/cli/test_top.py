@@ -62,7 +62,7 @@ def test_contexts_streams_and_denials(vsock: Vsock, fabric: PrivateFabric) -> No
             # The screen may be read while it is drawn.
             view.wait_for(
                 lambda lines: (
-                    [f"{guest.cid}", "2:5000", "stream", "2", "0", "7"]
+                    [f"{guest.cid}", "2:5000", "stream", "2", "0", "7", "-"]
                     in [line.split() for line in lines]
                 )
             )

@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vsockets.model.buffers import BufferSizes
+from vsockets.model.byte_meter import Moved
 from vsockets.model.constants import VMADDR_CID_ANY, VMADDR_PORT_ANY
 from vsockets.protocol import PADDING, REQUEST_SIZE, Op, Record, Request, RequestFlag, Role, client
 
@@ -58,6 +59,14 @@ REQUESTS = {
     "update": (
         client.update(SIZES),
         Request(Op.UPDATE, 0, 0, 0, 0, 0, 0, *SIZES, 0, 0),
+    ),
+    "count": (
+        client.count(Moved(7, 9), cookie=COOKIE, inode=INODE),
+        Request(Op.COUNT, 0, 0, 0, 0, 0, 0, 7, 9, 0, COOKIE, INODE),
+    ),
+    "count, of a device": (
+        client.count(Moved(7, 9), local=(3, 1024), peer=(2, 5000)),
+        Request(Op.COUNT, 0, 3, 1024, 2, 5000, 0, 7, 9, 0, 0, 0),
     ),
     "resize": (
         client.resize(65_536, cookie=COOKIE, inode=INODE),

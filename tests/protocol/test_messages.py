@@ -128,6 +128,7 @@ def test_enumerations_have_fixed_numbers() -> None:
         "CATCH_ALL": 10,
         "CAPTURE": 11,
         "RESIZE": 12,
+        "COUNT": 14,
         "BIND_SOCKET": 13,
     }
     assert {flag.name: flag.value for flag in RequestFlag} == {

@@ -10,6 +10,7 @@ import socket
 import struct
 from collections.abc import Callable, Sequence
 
+from vsockets.devices.byte_reports import ByteReports
 from vsockets.devices.capture import CaptureSink
 from vsockets.devices.client import ConnectRequest
 from vsockets.devices.loop import DeviceLoop
@@ -51,6 +52,7 @@ class StubFabric:
         self.refused: list[socket.socket] = []  #: sockets returned to vsockd
         self.error = 0
         self.capture = CaptureSink(loop)
+        self.byte_reports = ByteReports(loop, CID, lambda message: None)
 
     def connect(self, port: int, peer: tuple[int, int], sizes: BufferSizes) -> socket.socket:
         ours, theirs = socket.socketpair()

@@ -16,6 +16,7 @@ from .groups import command
 from .live_view import View, interval_option, require_terminal, show
 from .options import count_option, json_option, members, read_cid, read_port, read_user
 from .output import Column, make_table, print_json, print_table, user_name
+from .rates import bytes_per_second, with_unit
 from .socket_owners import Owners
 from .unix_diag import fill_queues
 
@@ -44,14 +45,15 @@ class State(StrEnum):
 _COLUMNS = (
     Column("TYPE"),
     Column("STATE", least=9),
-    Column("RECV-Q", right=True, spare=1),
-    Column("SEND-Q", right=True, spare=2),
+    Column("RECV-Q", right=True, spare=2),
+    Column("SEND-Q", right=True, spare=3),
+    Column("BYTES/S", right=True, spare=1),
     Column("LOCAL"),
     Column("PEER"),
     Column("CONTEXT", least=8, from_width=100),
     Column("BUFFER", right=True, from_width=100),
-    Column("USER", least=6, spare=3),
-    Column("PROCESS", least=7),
+    Column("USER", least=6, spare=4),
+    Column("PROCESS", least=9),
 )
 
 
@@ -98,7 +100,8 @@ def ls(
 
     Every filter is repeatable; a socket matches any of its values.  RECV-Q and SEND-Q are the
     bytes that are unread here and at the peer; of a listening socket, the pending connections and
-    the backlog.
+    the backlog.  BYTES/S is for both directions, in streams of virtual machines and of vsock
+    forward; the kernel does not count the bytes of others.
     """
     if listening and state not in ((), (State.LISTENING,)):
         raise click.UsageError("--listening and another --state exclude each other")
@@ -203,6 +206,7 @@ def _row(socket: dict[str, Any]) -> tuple[object, ...]:
         socket["state"],
         _known(socket["receive_queue"]),
         _known(socket["send_queue"]),
+        with_unit(bytes_per_second(socket)),
         f"{socket['cid']}:{socket['port']}",
         "{}:{}".format(*socket["peer"]) if socket["peer"] else "",
         socket["name"],

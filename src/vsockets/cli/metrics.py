@@ -29,6 +29,12 @@ _OF_CONTEXTS = (
     ("refusals", "vsock_refusals_total", "counter", "Requests that failed, denials included."),
 )
 
+#: The same of contexts whose device counts bytes; others have none of these.
+_OF_DEVICES = (
+    ("bytes_sent", "vsock_sent_bytes_total", "Bytes of streams from the guest."),
+    ("bytes_received", "vsock_received_bytes_total", "Bytes of streams to the guest."),
+)
+
 #: Metrics of vsockd: the key in :meth:`vsockets.control.Control.status`, and the same three.
 _OF_VSOCKD = (
     ("uptime", "vsockd_uptime_seconds", "gauge", "Time since vsockd was started."),
@@ -106,6 +112,9 @@ def exposition(status: Mapping[str, Any], counts: Mapping[str, Any]) -> str:
     shown.append(({"context": "leased", "name": ""}, _sum([*leased, counts["departed"]])))
     for key, name, kind, text in _OF_CONTEXTS:
         lines += _family(name, kind, text, [(labels, row.get(key, 0)) for labels, row in shown])
+    for key, name, text in _OF_DEVICES:
+        known = [(labels, row[key]) for labels, row in shown if row.get(key) is not None]
+        lines += _family(name, "counter", text, known)
     denials = [
         ({**labels, "rule": rule}, number)
         for labels, row in shown

@@ -9,6 +9,28 @@ from typing import Any
 RISING = ("connects", "accepts", "refusals", "denials")
 
 
+_UNITS = ("", "k", "M", "G", "T")
+
+
+def bytes_per_second(row: Mapping[str, Any]) -> float | None:
+    """Return the bytes per second in both directions of a row; None if no process counts them."""
+    if row["send_rate"] is None:
+        return None
+    return float(row["send_rate"] + row["receive_rate"])
+
+
+def with_unit(number: float | None) -> str:
+    """Return ``number`` in at most four characters, such as ``1.2M``; ``-`` for None."""
+    if number is None:
+        return "-"
+    unit = 0
+    while number >= 999.5 and unit < len(_UNITS) - 1:
+        number /= 1000
+        unit += 1
+    digits = 1 if unit and number < 9.95 else 0
+    return f"{number:.{digits}f}{_UNITS[unit]}"
+
+
 class Rates:
     """Differences between successive results of :meth:`vsockets.control.Control.counts`."""
 

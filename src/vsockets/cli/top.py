@@ -17,7 +17,7 @@ from .groups import command
 from .live_view import View, interval_option, require_terminal, show
 from .options import json_option
 from .output import Column, make_table
-from .rates import RISING, Rates
+from .rates import RISING, Rates, bytes_per_second, with_unit
 from .unix_diag import fill_queues
 
 if TYPE_CHECKING:
@@ -27,10 +27,10 @@ if TYPE_CHECKING:
 _DENIALS = 200
 
 #: Sort orders of contexts, by key; in descending order except for the CID.
-_ORDERS = {"i": "cid", "s": "streams", **{name[0]: name for name in RISING}}
+_ORDERS = {"i": "cid", "s": "streams", "b": "bytes", **{name[0]: name for name in RISING}}
 
 #: Rates omitted where space is short, the last one first.
-_SPARE = {"accepts": 1, "refusals": 2}
+_SPARE = {"accepts": 2, "refusals": 3, "bytes": 1}
 
 _CONTEXTS = (
     Column("CID", right=True),
@@ -38,7 +38,10 @@ _CONTEXTS = (
     Column("STATE", from_width=80),
     Column("SOCKETS", right=True, from_width=90),
     Column("STREAMS", right=True),
-    *(Column(f"{name.upper()}/S", right=True, spare=_SPARE.get(name, 0)) for name in RISING),
+    *(
+        Column(f"{name.upper()}/S", right=True, spare=_SPARE.get(name, 0))
+        for name in (*RISING, "bytes")
+    ),
 )
 _STREAMS = (
     Column("FROM", least=12),
@@ -47,6 +50,7 @@ _STREAMS = (
     Column("STREAMS", right=True),
     Column("RECV-Q", right=True),
     Column("SEND-Q", right=True),
+    Column("BYTES/S", right=True),
 )
 
 
@@ -57,7 +61,9 @@ def top(interval: float, as_json: bool) -> None:
     """Show contexts, streams, rates and denials on the terminal.  Ends on q or Ctrl-C.
 
     Keys sort the contexts: i by CID, s by streams, c, a, r and d by connects, accepts, refusals
-    and denials per second.  --json prints one object per line.
+    and denials per second, b by bytes per second.  Bytes are counted by the devices of virtual
+    machines and, for its own streams, by vsock forward; the kernel does not count those of other
+    streams.  --json prints one object per line.
     """
     if not as_json:
         require_terminal("vsock top")
@@ -121,7 +127,7 @@ class _Top(View):
         newest = list(islice(reversed(self._denials), denials))
         return Group(
             Text(self._title(), no_wrap=True, overflow="ellipsis"),
-            Text(f"sorted by {self._order} (i s c a r d), q: quit", "dim", no_wrap=True),
+            Text(f"sorted by {self._order} (i s c a r d b), q: quit", "dim", no_wrap=True),
             make_table(_CONTEXTS, map(_context_row, rows[:contexts]), width),
             Text(),
             make_table(_STREAMS, self._streams[:streams], width),
@@ -134,6 +140,7 @@ class _Top(View):
         if self._order == "cid":
             return 0, row["cid"]
         values = {**(row["rates"] or {}), "streams": row["streams"]}
+        values["bytes"] = bytes_per_second(row) or 0
         return -values.get(self._order, 0), row["cid"]
 
     def _title(self) -> str:
@@ -157,7 +164,9 @@ def _streams(sockets: list[dict[str, Any]]) -> Iterator[tuple[object, ...]]:
         route = row["cid"], "{}:{}".format(*row["peer"]), row["type"]
         by_route.setdefault(route, []).append(row)
     for (cid, peer, kind), rows in sorted(by_route.items(), key=lambda item: -len(item[1])):
-        yield cid, peer, kind, len(rows), _sum(rows, "receive_queue"), _sum(rows, "send_queue")
+        queues = _sum(rows, "receive_queue"), _sum(rows, "send_queue")
+        moved = [rate for row in rows if (rate := bytes_per_second(row)) is not None]
+        yield cid, peer, kind, len(rows), *queues, with_unit(sum(moved) if moved else None)
 
 
 def _sum(rows: list[dict[str, Any]], queue: str) -> object:
@@ -168,7 +177,8 @@ def _sum(rows: list[dict[str, Any]], queue: str) -> object:
 def _context_row(row: dict[str, Any]) -> tuple[object, ...]:
     rates = row["rates"]
     risen = [f"{rates[name]:.0f}" if rates else "-" for name in RISING]
-    return row["cid"], row["name"], row["state"], row["sockets"], row["streams"], *risen
+    moved = with_unit(bytes_per_second(row))
+    return row["cid"], row["name"], row["state"], row["sockets"], row["streams"], *risen, moved
 
 
 def _denial(event: dict[str, Any]) -> str:

@@ -112,6 +112,7 @@ class Broker:
             Op.CAPTURE: self._capture,
             Op.RESIZE: self._resize,
             Op.BIND_SOCKET: self._bind_socket,
+            Op.COUNT: self._count,
         }
 
     def refresh(self) -> None:
@@ -641,6 +642,11 @@ class Broker:
         self._queries.resize(channel, request)
         self._reply(channel, request, Record(0).encode())
         return False
+
+    def _count(self, channel: Channel, request: Request) -> bool:
+        self._queries.count(channel, request, monotonic())
+        consume(channel, request.polling)
+        return True
 
     def _local_cid(self, channel: Channel, request: Request) -> bool:
         record = Record(0, self._queries.trust_flags(channel, request), channel.context.cid)

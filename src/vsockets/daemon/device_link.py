@@ -48,6 +48,7 @@ from socket import (
     SocketKind,
     socketpair,
 )
+from time import monotonic
 from typing import NamedTuple, Protocol
 
 from .._linux.sockets import SO_SNDBUFFORCE, cookie_of, descriptor_in, refuse_descriptors
@@ -68,10 +69,12 @@ from ..fabric import (
     policy,
 )
 from ..limits import CAPTURE_PAYLOAD_MAX_BYTES, LISTEN_BACKLOG_MAX
-from ..model.constants import VMADDR_CID_HOST
+from ..model.byte_meter import ByteMeter, Moved
+from ..model.constants import VMADDR_CID_HOST, VMADDR_PORT_ANY
 from ..protocol import REQUEST_SIZE, Op, ProtocolError, Record, Request, Role
 from .channel import PEEK, READ, Channel, close_unwanted, has_too_many_unwanted, send_descriptor
 from .limits import CAPTURE_BUFFER_MAX_BYTES
+from .socket_queries import moved_in, report_bytes
 
 log = logging.getLogger(__name__)
 
@@ -237,16 +240,18 @@ class HandoffLink:
         except OSError:
             data, ancillary = b"", []
         fd = descriptor_in(ancillary)
-        settlement = _decode_settle(data)
-        if settlement is not None:
-            self._complete(settlement, fd)
+        request = _decode_report(data)
+        if request is not None and request.op == Op.SETTLE:
+            self._complete(request, fd)
+        elif request is not None and fd is None:
+            self._count(request)
         elif fd is not None:
             self._admit(fd, data)
         else:
             self.close()
 
     def _admit(self, fd: int, data: bytes) -> None:
-        """Handle ``fd``, which came over the link with ``data`` that is not a SETTLE request."""
+        """Handle ``fd``, which came over the link with ``data`` that is no report."""
         self._close_unwanted(fd)
 
     def _close_unwanted(self, fd: int) -> None:
@@ -255,6 +260,21 @@ class HandoffLink:
         if has_too_many_unwanted(self._sender):
             log.warning("%s sends invalid descriptors: closing its link", self._sender.name)
             self.close()
+
+    def _count(self, request: Request) -> None:
+        """Store the bytes of a stream of the context, or of all its streams together."""
+        moved, now = moved_in(request), monotonic()
+        local = self._context.cid, request.local_port
+        if request.local_port == VMADDR_PORT_ANY:
+            self._count_all(moved, now)
+            return
+        peer = request.peer_cid, request.peer_port
+        with contextlib.suppress(Refused):  # it has ended
+            stream = self._broker.fabric.find_connection(local, peer)
+            report_bytes(stream, moved if stream.local == local else moved.reversed(), now)
+
+    def _count_all(self, moved: Moved, now: float) -> None:
+        """Ignore the report: a relay's streams are not all streams of the host."""
 
     def _complete(self, request: Request, fd: int | None) -> None:
         peer = request.peer_cid, request.peer_port
@@ -348,6 +368,8 @@ class DeviceLink(HandoffLink):
         self._credentials = credentials
         self._datagrams: DeviceDatagrams | None = None
         self._host_ports: HostPorts | None = None
+        #: the guest's bytes that were moved by earlier devices
+        self._before = context.meter.total if context.meter is not None else Moved(0, 0)
         context.device = DevicePorts(credentials, self, None, seqpacket)
         if host_ports:
             program = DeviceChannel(link, context, EndpointKind.STREAM, credentials)
@@ -368,6 +390,12 @@ class DeviceLink(HandoffLink):
         """Report the host's ports again after a change of the guest's state or isolation."""
         if self._host_ports is not None:
             self._host_ports.refresh()
+
+    def _count_all(self, moved: Moved, now: float) -> None:
+        """Add to the guest's bytes what the device has moved since its last report."""
+        if self._context.meter is None:
+            self._context.meter = ByteMeter()
+        self._context.meter.report(self._before.plus(*moved), now)
 
     def set_datagrams(self, datagrams: DeviceDatagrams) -> None:
         """Set the socket that receives datagrams to the guest's ports."""
@@ -447,12 +475,12 @@ def capture(fabric: Fabric, channel: Channel, request: Request) -> _socket.socke
     return theirs
 
 
-def _decode_settle(data: bytes) -> Request | None:
+def _decode_report(data: bytes) -> Request | None:
     try:
         request = Request.decode(data)
     except ProtocolError:
         return None
-    return request if request.op == Op.SETTLE else None
+    return request if request.op in (Op.SETTLE, Op.COUNT) else None
 
 
 def _has_cookie(fd: int, cookie: int) -> bool:

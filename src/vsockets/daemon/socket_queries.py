@@ -6,6 +6,7 @@ import contextlib
 import errno
 
 from ..fabric import Connection, Context, Endpoint, EndpointKind, Fabric, Refused, trust_of
+from ..model.byte_meter import ByteMeter, Moved
 from ..protocol import Request, RequestFlag
 from .channel import Channel
 from .datagrams import Datagrams
@@ -52,6 +53,22 @@ class SocketQueries:
             if isinstance(found, Connection):
                 _report_size(found.peer_context, found.peer, found.local, request.size)
 
+    def count(self, channel: Channel, request: Request, now: float) -> None:
+        """Store the bytes of a stream that a program has moved, such as a forwarder.
+
+        Only programs of the user who owns that end of the stream may report them, and root's.
+        """
+        stream, moved = self._accepted(channel, request), moved_in(request)
+        if stream is not None:
+            owner, moved = stream.listener.owner, moved.reversed()
+        else:
+            found = channel.context.cookies.get(request.cookie)
+            if not isinstance(found, Connection):
+                return
+            stream, owner = found, found.owner
+        if channel.credentials.uid in (0, owner.uid):
+            report_bytes(stream, moved, now)
+
     def trust_flags(self, channel: Channel, request: Request) -> int:
         """Return flags that report for which socket types the client's sockets are trusted.
 
@@ -82,6 +99,18 @@ class SocketQueries:
         # The kernel's inode before the cookie, which any program of the context may have claimed.
         found = self._streams.find_accepted(request.inode) if request.inode else None
         return found if found is not None and found.peer_context is channel.context else None
+
+
+def moved_in(request: Request) -> Moved:
+    """Return the bytes in a COUNT request."""
+    return Moved(request.size, request.minimum)
+
+
+def report_bytes(stream: Connection, moved: Moved, now: float) -> None:
+    """Store the bytes of a stream, from the connecting side's view."""
+    if stream.meter is None:
+        stream.meter = ByteMeter()
+    stream.meter.report(moved, now)
 
 
 def _report_size(guest: Context, local: tuple[int, int], peer: tuple[int, int], size: int) -> None:

@@ -49,6 +49,7 @@ from ..model.buffers import DEFAULT_SIZES, BufferSizes
 from ..model.constants import VMADDR_CID_ANY, VMADDR_PORT_ANY
 from ..protocol import PADDING, RECORD_SIZE, Record, Role, client, decode_route
 from ..protocol.hybrid import ok_line
+from .byte_reports import ByteReports
 from .capture import CaptureSink
 from .limits import (
     DEVICE_DATAGRAM_PORTS_MAX,
@@ -186,6 +187,7 @@ class DeviceClient:
         #: if the guest refused the connect
         self._unsettled: deque[tuple[bytes, socket.socket | None]] = deque()
         self.capture = CaptureSink(loop)  #: running captures of the device's packets
+        self.byte_reports = ByteReports(loop, cid, self._send_to_vsockd)
         loop.watch(link.fileno(), self.on_link_ready)
         if datagrams:
             self._request(client.catch_all(), self._catch_all)

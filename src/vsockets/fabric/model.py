@@ -16,6 +16,7 @@ from typing import Any, NamedTuple, Protocol, TypeVar
 
 from ..model.address import FIRST_GUEST_CID, LARGEST, LAST_GUEST_CID
 from ..model.buffers import BufferSizes
+from ..model.byte_meter import ByteMeter
 from ..model.constants import LAST_RESERVED_PORT, VMADDR_CID_HOST, VMADDR_CID_HYPERVISOR
 from ..model.rate_limit import TokenBucket
 from .limits import EPHEMERAL_PORT_TRIES_MAX, HOST_USERS_REMEMBERED_MAX
@@ -300,6 +301,8 @@ class Connection:
     party: Party  #: the connecting side's
     cookie: int = 0
     watch: object = None  #: vsockd's registration that detects the stream's end; opaque here
+    #: the connecting side's bytes; None while no process has reported them
+    meter: ByteMeter | None = None
 
     @property
     def kind(self) -> EndpointKind:
@@ -333,6 +336,7 @@ class Context:
         "isolation",
         "leases",
         "limits",
+        "meter",
         "name",
         "owner",
         "reserved_ports",
@@ -368,6 +372,8 @@ class Context:
         self.cookies: dict[int, Endpoint | Connection] = {}
         #: ports served by the guest's device; None without one
         self.device: DevicePorts | None = None
+        #: bytes of the guest's streams, by its present device and earlier ones; None without any
+        self.meter: ByteMeter | None = None
         #: path of the unix socket that offers the guest's ports as hybrid vsock; "" without one
         self.hybrid = ""
         #: hybrid vsock: returns the host's endpoint for this guest at a port on which no program

@@ -27,5 +27,9 @@ FORWARD_CONNECTIONS_MAX = 4096
 #: least 120 (RFC 4787), but a guest without a network expects no NAT, and answers arrive at once.
 FORWARD_FLOW_IDLE_SECONDS = 60.0
 
+#: Streams whose bytes are reported to vsockd in one second, in turns: a report costs vsockd some
+#: ten microseconds, and counts as a request of the forwarder.
+FORWARD_BYTE_REPORTS_MAX = 64
+
 #: Datagrams kept while a flow's target is looked up.
 FORWARD_FLOW_PENDING_MAX = 16

@@ -13,6 +13,7 @@ from ..capture.recording import Recorder
 from ..eventloop.asyncio_server import Listener, open_listener
 from ..eventloop.service import run_service, wait_first
 from ..model.locator import Exec, Inherited, Locator, Stdio
+from .byte_reports import ByteReports
 from .client import log
 from .datagram_forward import DatagramForward
 from .dialer import Dialer
@@ -36,6 +37,7 @@ class ForwardService:
         self._recorder = recorder
         self._pump = AsyncioSplicePump(selector)
         self._dialer = Dialer(context)
+        self._byte_reports = ByteReports(context)
         self._forwards: dict[Locator, Forward] = {}
         self._draining: set[Forward] = set()  # without a listener, with connections
 
@@ -103,6 +105,7 @@ class ForwardService:
                 log.warning("%s: connections closed: %d", forward.settings, forward.connections)
             forward.close()
         self._pump.close()
+        self._byte_reports.close()
 
     def _open(self, settings: Settings) -> Listener:
         listener = open_listener(settings.source, self._context)
@@ -124,7 +127,8 @@ class ForwardService:
                 listener.close()
                 raise
         return StreamForward(
-            settings, listener, self._pump, self._dialer, self._open, self._recorder
+            *(settings, listener, self._pump, self._byte_reports),
+            *(self._dialer, self._open, self._recorder),
         )
 
     def _stop_listening(self, forward: Forward) -> None:

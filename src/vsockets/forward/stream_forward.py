@@ -23,6 +23,7 @@ from .settings import HostRules, Settings, admits_peer
 if TYPE_CHECKING:
     from ..capture.recording import Recorder
     from ..eventloop.asyncio_server import Listener
+    from .byte_reports import ByteReports
     from .pump import AsyncioSplicePump
 
 
@@ -39,6 +40,7 @@ class StreamForward:
         settings: Settings,
         listener: Listener | None,
         pump: AsyncioSplicePump,
+        byte_reports: ByteReports,
         dialer: Dialer,
         reopen: Callable[[Settings], Listener],
         recorder: Recorder | None = None,
@@ -46,6 +48,7 @@ class StreamForward:
         self.settings = settings
         self.failure: OSError | None = None  #: why the forward's only connection failed
         self._pump = pump
+        self._byte_reports = byte_reports
         self._dialer = dialer
         self._recorder = recorder
         self._loop = asyncio.get_running_loop()
@@ -164,9 +167,11 @@ class StreamForward:
             connection = self._pump.join(
                 sock, target, early=early, idle=settings.idle, capture=capture
             )
+            self._byte_reports.add(connection, sock, target)
             try:
                 why = await connection.ended
             finally:
+                self._byte_reports.remove(connection)
                 connection.close()
             sent, received = connection.moved
             client.log.info(

@@ -14,6 +14,7 @@ listen                            empty; then a record and a descriptor for each
 connect                           the established stream; its data follows on the same connection
 update                            (not answered; nor is a repeated listen)
 resize                            empty
+count                             (not answered)
 route         the datagram socket the local address, and the descriptor of a socket to send with
 catch_all     a datagram socket   empty
 query                             the socket's role, addresses and buffer sizes
@@ -33,6 +34,7 @@ import os
 from typing import NamedTuple
 
 from ..model.buffers import BufferSizes
+from ..model.byte_meter import Moved
 from ..model.constants import VMADDR_CID_ANY, VMADDR_PORT_ANY
 from .messages import (
     MAGIC,
@@ -140,6 +142,24 @@ def resize(size: int, *, cookie: int, inode: int) -> bytes:
     ``cookie`` and ``inode`` identify the stream's socket.
     """
     return _encode(Op.RESIZE, sizes=(size, 0, 0), cookie=cookie, inode=inode)
+
+
+def count(
+    moved: Moved,
+    *,
+    local: tuple[int, int] = _UNSET,
+    peer: tuple[int, int] = _UNSET,
+    cookie: int = 0,
+    inode: int = 0,
+) -> bytes:
+    """Return a report of the bytes that the sender has moved for one end of a stream.
+
+    A program identifies its end by ``cookie`` and ``inode``, a device its guest's end by the
+    addresses; with the port VMADDR_PORT_ANY it reports all of the guest's streams together.
+    """
+    sent, received = map(int, moved)
+    sizes = sent, received, 0
+    return _encode(Op.COUNT, local=local, peer=peer, sizes=sizes, cookie=cookie, inode=inode)
 
 
 def route(destination: tuple[int, int]) -> bytes:

@@ -63,6 +63,10 @@ class Op(IntEnum):
     #: are open.  Repeated, it replaces the socket.  The cookie is a secret number; a CONNECT with
     #: that number as its inode comes from the port.
     BIND_SOCKET = 13
+    #: report the bytes that the sender has moved for the stream with this cookie and inode (from a
+    #: device: with these addresses, or for the whole guest); size: sent, minimum: received; not
+    #: answered
+    COUNT = 14
 
 
 class RequestFlag(IntFlag):

@@ -19,6 +19,8 @@ def context(cid: int, streams: int = 0, sockets: int = 0) -> dict[str, Any]:
         "sockets": sockets,
         "streams": streams,
         "denials": {"restricted": 2, "guest-to-guest": 1},
+        "send_rate": 1.5,
+        "receive_rate": 2.0,
     }
 
 
@@ -26,7 +28,7 @@ def ends(source: int, port: int, target: int) -> list[dict[str, Any]]:
     one = {"context": source, "cid": source, "port": port, "peer": [target, 5000]}
     other = {"context": target, "cid": target, "port": 5000, "peer": [source, port]}
     facts = {"type": "stream", "state": "established", "pid": 7, "uid": 1, "inode": port}
-    queues = {"receive_queue": None, "send_queue": 4}
+    queues = {"receive_queue": None, "send_queue": 4, "send_rate": None, "receive_rate": None}
     return [
         {**one, **facts, **queues, "accepted": False},
         {**other, **facts, **queues, "accepted": True},
@@ -61,6 +63,7 @@ def test_links_count_streams() -> None:
         {"from": 3, "to": 2, "streams": 2},
     ]
     assert seen["rates"]["connects"] == 1.0
+    assert (seen["contexts"][0]["bytes"], seen["streams"][0]["bytes"]) == (3.5, None)
     host, guest = seen["contexts"]
     assert (host["guest"], guest["guest"], guest["ft"], guest["denials"]) == (False, True, True, 3)
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from ..limits import WEB_CONTEXTS_MAX, WEB_STREAMS_MAX
-from ..rates import RISING
+from ..rates import RISING, bytes_per_second
 from ..socket_owners import Owner
 
 _Row = Mapping[str, Any]
@@ -25,7 +25,8 @@ def make_snapshot(
 
     In the result, ``contexts`` and ``streams`` are the busiest, in the order of their addresses,
     and ``left_out`` counts the others; ``links`` counts streams by pairs of listed contexts.  A
-    rate is per second, or null until it is known.  ``find`` is
+    rate is per second, or null until it is known; ``bytes`` per second are null where no process
+    counts them.  ``find`` is
     :meth:`..socket_owners.Owners.find`.
     """
     facts = {row["cid"]: row for row in contexts}
@@ -62,6 +63,7 @@ def _context(row: _Row, facts: _Row, rates: Mapping[int, Mapping[str, float]]) -
         "streams": row["streams"],
         "denials": sum(row["denials"].values()),
         "rates": rates.get(row["cid"]),
+        "bytes": bytes_per_second(row),
     }
 
 
@@ -77,6 +79,7 @@ def _stream(row: _Row, owner: Owner) -> dict[str, Any]:
         "command": owner.command,
         "receive_queue": row["receive_queue"],
         "send_queue": row["send_queue"],
+        "bytes": bytes_per_second(row),
     }
 
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import time
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from ...fabric import LIMIT_RULES, Connection, Context, Counts, Endpoint, EndpointKind
+from ...model.byte_meter import ByteMeter
 from ..broker import Broker
 from ..datagrams import Traffic
 
@@ -52,11 +54,27 @@ def counts(broker: Broker) -> dict[str, Any]:
                 "state": context.state.value,
                 "sockets": context.sockets,
                 "streams": streams[context],
+                **_bytes(context.meter),
                 **_counted(context.counts),
             }
             for context in sorted(broker.fabric.contexts, key=lambda context: context.cid)
         ],
         "departed": _counted(broker.fabric.departed),
+    }
+
+
+def _bytes(meter: ByteMeter | None, is_other_end: bool = False) -> dict[str, Any]:
+    """Return bytes and bytes per second; None where no process reports them."""
+    if meter is None:
+        return dict.fromkeys(("bytes_sent", "bytes_received", "send_rate", "receive_rate"))
+    total, rates = meter.total, meter.rates(time.monotonic())
+    if is_other_end:
+        total, rates = total.reversed(), rates.reversed()
+    return {
+        "bytes_sent": total.sent,
+        "bytes_received": total.received,
+        "send_rate": round(rates.sent, 1),
+        "receive_rate": round(rates.received, 1),
     }
 
 
@@ -164,6 +182,7 @@ def _endpoint_row(endpoint: Endpoint, traffic: Traffic) -> dict[str, Any]:
         "send_queue": send,
         "inode": endpoint.inode or None,
         "peer_inode": None,
+        **_bytes(None),
     }
 
 
@@ -190,6 +209,7 @@ def _stream_rows(stream: Connection, inode: int | None) -> list[dict[str, Any]]:
             "send_queue": None,
             "inode": own,
             "peer_inode": other,
+            **_bytes(stream.meter, is_other_end=bool(accepted)),
         }
         for accepted, (context, local, peer, owner, own, other) in enumerate(sides)
     ]

@@ -215,8 +215,14 @@ class HostToGuest:
         else:
             self._fabric.settle(request, request.sizes.size)
             stream = _Stream(self._pump, request.sock, sock)
-            stream.on_end = self._check_idle
+            counted = request.port, request.peer
+            stream.on_end = partial(self._end, counted)
+            self._fabric.byte_reports.add(counted, lambda: stream.moved[::-1])
             self._pump.start(stream)
+
+    def _end(self, stream: tuple[int, tuple[int, int]]) -> None:
+        self._fabric.byte_reports.remove(stream)
+        self._check_idle()
 
     def _refuse(self, request: ConnectRequest, code: int) -> None:
         self._fabric.settle(request, error=code)

@@ -70,6 +70,11 @@ class SendCredit:
         self.buffer = buf_alloc
         self._fwd = fwd_cnt
 
+    @property
+    def sent(self) -> int:
+        """Bytes sent to the guest, modulo 2**32."""
+        return self._sent
+
     def available(self) -> int:
         """Return the number of payload bytes that may be sent now."""
         # distance() inlined here and below: this runs for every packet.
@@ -191,6 +196,11 @@ class ReceiveCredit:
     def __init__(self, size: int) -> None:
         self.size = size
         self._received = self._forwarded = self._announced = 0
+
+    @property
+    def forwarded(self) -> int:
+        """Bytes forwarded, modulo 2**32."""
+        return self._forwarded
 
     @property
     def held(self) -> int:

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Protocol
 
+from ..byte_reports import ByteReports
 from ..capture import CaptureSink
 from ..guest_memory import GuestMemory
 from ..limits import (
@@ -91,6 +92,7 @@ class VirtioVsock:
         self._loop = loop
         self._fabric = fabric
         self.capture = CaptureSink(loop)
+        self.byte_reports = ByteReports(loop, cid, lambda message: None)
         self._in_use = 0
         self._vrings: dict[int, Vring] = {}
         self._bases: dict[int, int] = {}  # positions of stopped rings
@@ -411,6 +413,8 @@ class VirtioVsock:
     def _attach(self, connection: VirtioConnection, sock: socket.socket) -> None:
         connection.attach(sock, self._marker)
         connection.watched = True
+        sample = partial(_moved, connection)
+        self.byte_reports.add((connection.guest_port, connection.peer), sample)
         self._loop.watch_for(sock.fileno(), partial(self._on_ready, connection), _READING)
 
     def _refuse(self, header: Header) -> None:
@@ -471,6 +475,7 @@ class VirtioVsock:
         if connection.sock is not None:
             if connection.watched:
                 self._loop.unwatch(connection.sock.fileno())
+                self.byte_reports.remove((connection.guest_port, connection.peer))
             connection.close()
 
     def _remove(self, connection: VirtioConnection) -> None:
@@ -490,3 +495,8 @@ class VirtioVsock:
     def _buffer_size(self) -> int:
         full = len(self.connections) < VIRTIO_LARGE_BUFFERS_MAX
         return VIRTIO_BUFFER_BYTES if full else VIRTIO_SMALL_BUFFER_BYTES
+
+
+def _moved(connection: VirtioConnection) -> tuple[int, int]:
+    """Return the bytes that the guest has sent and received, modulo 2**32."""
+    return connection.receive.forwarded, connection.send.sent

@@ -36,6 +36,7 @@ class VirtioMachine:
         self._cid = cid
         self.device = VirtioVsock(loop, cid, self)
         self.device.capture = fabric.capture
+        self.device.byte_reports = fabric.byte_reports
         fabric.on_connect = self._on_connect
         fabric.on_resized = self._on_resized
         fabric.on_lost = lambda: log.warning("no new connections: vsockd has closed the link")

@@ -41,6 +41,7 @@ class Inbound:
         self._theirs, self._ours = theirs, ours
         self._head = 0
         self._published = 0
+        self.moved = 0  #: bytes consumed so far
 
     def ready(self) -> int:
         """Return the number of bytes that the device can consume.
@@ -62,6 +63,7 @@ class Inbound:
 
     def consume(self, count: int) -> None:
         """Advance the device's position by ``count`` bytes; :meth:`publish` announces it."""
+        self.moved += count
         head = self._head + count
         self._head = head if head < self.size else head - self.size
 
@@ -93,6 +95,7 @@ class Outbound:
         self.size = size
         self._theirs, self._ours = theirs, ours
         self._tail = 0
+        self.moved = 0  #: bytes produced so far
 
     def free(self) -> int:
         """Return the number of bytes for which the queue has room.
@@ -137,6 +140,7 @@ class Outbound:
 
         Raises BrokenQueue when the guest's index is out of range.
         """
+        self.moved += count
         tail = self._tail + count
         self._tail = tail if tail < self.size else tail - self.size
         self._ours[_TAIL] = self._tail

@@ -162,6 +162,11 @@ class Stream:
         self._close()
 
     @property
+    def moved(self) -> tuple[int, int]:
+        """Bytes that the guest has sent and received."""
+        return self._in.moved, self._out.moved
+
+    @property
     def held_bytes(self) -> int:
         """Number of bytes copied from a detached queue pair that wait for room in the socket."""
         return len(self._rest)

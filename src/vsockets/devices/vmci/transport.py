@@ -325,6 +325,7 @@ class VmciTransport:
 
         def finished() -> None:
             self._unsent.discard(stream)
+            self._fabric.byte_reports.remove((key[0], key[1:]))
 
         def hung_up() -> None:
             # The event overtakes packets, and a guest that has not handled the device's ATTACH
@@ -350,6 +351,7 @@ class VmciTransport:
             guest=(self._hypervisor.cid, key[0]),
             peer=key[1:],
         )
+        self._fabric.byte_reports.add((key[0], key[1:]), lambda: stream.moved)
         stream.start()
 
     def _fail(self, connection: _Connection, error: int) -> None:

@@ -9,6 +9,16 @@ const history = new Map(); // by CID: connects and accepts per second in the las
 /** Format a rate. */
 export const rate = (number) => (number === undefined || number === null ? "–" : number < 10 ? number.toFixed(1).replace(/\.0$/, "") : number.toFixed(0));
 
+const UNITS = ["", "k", "M", "G", "T"];
+
+/** Format bytes per second, which may be unknown. */
+export function byteRate(number) {
+  if (number === null) return "–";
+  let unit = 0;
+  for (; number >= 999.5 && unit < UNITS.length - 1; unit++) number /= 1000;
+  return number.toFixed(unit && number < 9.95 ? 1 : 0) + UNITS[unit];
+}
+
 const cell = (className = "") => make("td", { className });
 const STATES = { running: "● running", suspended: "❚❚ suspended", off: "○ off" };
 
@@ -20,7 +30,7 @@ export function showContexts(snapshot, selected, select) {
   remember(snapshot.contexts);
   reconcile(document.querySelector("#contexts tbody"), snapshot.contexts, (one) => String(one.cid), () => createContext(select), (row, context) => {
     row.context = context;
-    const [cid, name, status, streams, sockets, connects, accepts, refusals, perSecond, denials, chart, action] = row.cells;
+    const [cid, name, status, streams, sockets, connects, accepts, refusals, perSecond, denials, bytes, chart, action] = row.cells;
     const rates = context.rates ?? {};
     setText(cid, context.cid);
     setText(name.firstChild, context.name);
@@ -37,6 +47,7 @@ export function showContexts(snapshot, selected, select) {
     setText(perSecond, rate(rates.denials));
     perSecond.classList.toggle("alarming", rates.denials > 0);
     setText(denials, context.denials);
+    setText(bytes, byteRate(context.bytes));
     setAttributes(chart.firstChild.firstChild, { points: line(history.get(context.cid)) });
     const button = action.firstChild;
     button.hidden = !context.guest || context.state === "off";
@@ -51,7 +62,7 @@ function createContext(select) {
   const name = make("button", { type: "button", className: "plain" });
   const action = make("button", { type: "button" });
   const chart = draw("svg", { viewBox: "0 0 120 24", class: "chart", "aria-hidden": "true" }, draw("polyline"));
-  const numbers = Array.from({ length: 7 }, () => cell("number"));
+  const numbers = Array.from({ length: 8 }, () => cell("number"));
   const row = make("tr", {}, cell("number"), make("td", { className: "name" }, name), cell(), ...numbers, make("td", {}, chart), make("td", {}, action));
   name.addEventListener("click", () => select(row.context.cid));
   action.addEventListener("click", () => (row.context.state === "suspended" ? resume : suspend)(row.context));
@@ -81,10 +92,10 @@ export function showStreams(snapshot, selected) {
   const where = (cid, address) => `${address.join(":")} ${names.get(cid) ?? ""}`;
   reconcile(document.querySelector("#streams tbody"), wanted, (one) => `${one.local}-${one.peer}-${one.from}`, createStream, (row, stream) => {
     row.stream = stream;
-    const values = [where(stream.from, stream.local), where(stream.to, stream.peer), stream.type, stream.state, stream.receive_queue ?? "–", stream.send_queue ?? "–", `${stream.pid} ${stream.command ?? ""}`.trim()];
+    const values = [where(stream.from, stream.local), where(stream.to, stream.peer), stream.type, stream.state, stream.receive_queue ?? "–", stream.send_queue ?? "–", byteRate(stream.bytes), `${stream.pid} ${stream.command ?? ""}`.trim()];
     values.forEach((value, at) => setText(row.cells[at], value));
     for (const cell of [row.cells[0], row.cells[1]]) cell.title = cell.textContent;
-    row.cells[7].firstChild.ariaLabel = `Disconnect ${stream.local.join(":")} to ${stream.peer.join(":")}`;
+    row.cells[8].firstChild.ariaLabel = `Disconnect ${stream.local.join(":")} to ${stream.peer.join(":")}`;
   });
   const title = selected === null ? "Streams" : `Streams of context ${selected} ${names.get(selected) ?? ""}`;
   setText(document.getElementById("streams-title"), title);
@@ -97,7 +108,7 @@ export function showStreams(snapshot, selected) {
 
 function createStream() {
   const button = make("button", { type: "button", textContent: "Disconnect" });
-  const row = make("tr", {}, cell("address"), cell("address"), cell(), cell(), cell("number"), cell("number"), cell("number"), make("td", {}, button));
+  const row = make("tr", {}, cell("address"), cell("address"), cell(), cell(), cell("number"), cell("number"), cell("number"), cell("number"), make("td", {}, button));
   button.addEventListener("click", () => disconnect(row.stream));
   return row;
 }

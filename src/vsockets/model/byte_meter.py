@@ -1,0 +1,60 @@
+"""Bytes that a process has moved in both directions of a stream, and their rates.
+
+Streams between two programs have none: their bytes pass through the kernel alone, which does not
+count them.  Devices and forwarders move the bytes themselves, and report totals to vsockd.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+#: Interval of reports while bytes move, in seconds.
+REPORT_SECONDS = 1.0
+
+#: Time without a report after which nothing moves, in seconds: a report may be late.
+_STALE_SECONDS = 2.5 * REPORT_SECONDS
+
+
+class Moved(NamedTuple):
+    """Bytes, or bytes per second, in both directions of one end."""
+
+    sent: float
+    received: float
+
+    def plus(self, sent: float, received: float) -> Moved:
+        """Return the sums with other numbers of bytes."""
+        return Moved(self.sent + sent, self.received + received)
+
+    def reversed(self) -> Moved:
+        """Return the same for the other end."""
+        return Moved(self.received, self.sent)
+
+
+class ByteMeter:
+    """Totals of the reports on one end, and their rates."""
+
+    __slots__ = ("_at", "_rates", "total")
+
+    def __init__(self) -> None:
+        self.total = Moved(0, 0)
+        self._rates = Moved(0.0, 0.0)
+        self._at: float | None = None
+
+    def report(self, total: Moved, now: float) -> Moved:
+        """Replace the totals, which never decrease; return by how much they have increased.
+
+        ``now`` is a monotonic time in seconds.
+        """
+        more = Moved(*(max(0, new - old) for new, old in zip(total, self.total, strict=True)))
+        # Bytes that moved after a pause moved within the last interval.
+        since = REPORT_SECONDS if self._at is None else now - self._at
+        seconds = min(max(since, REPORT_SECONDS), _STALE_SECONDS)
+        self._rates = Moved(more.sent / seconds, more.received / seconds)
+        self._at = now
+        self.total = self.total.plus(*more)
+        return more
+
+    def rates(self, now: float) -> Moved:
+        """Return the bytes per second of the last interval."""
+        is_stale = self._at is None or now - self._at > _STALE_SECONDS
+        return Moved(0.0, 0.0) if is_stale else self._rates
