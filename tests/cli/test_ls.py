@@ -121,7 +121,9 @@ def test_the_table_fits_a_terminal_and_cuts_no_address(vsock: Vsock, sockets: in
     narrow = ["TYPE", "STATE", "RECV-Q", "SEND-Q", "BYTES/S", "LOCAL", "PEER", "USER", "PROCESS"]
     vsock.environment["COLUMNS"] = "80"
     lines = vsock("ls").stdout.splitlines()
-    assert lines[0].split() == [title for title in narrow if title != "USER"]
+    optional = ("RECV-Q", "SEND-Q", "USER")  # how many have room depends on names and numbers
+    shown = [title for title in narrow if title not in optional]
+    assert [title for title in lines[0].split() if title not in optional] == shown
     assert all(len(line) <= 80 for line in lines)
     assert any(f"{sockets}:4000000000" in line for line in lines)
     assert any(f" {os.getpid()}" in line for line in lines)
