@@ -17,7 +17,7 @@ import struct
 from socket import SO_DOMAIN, SO_ERROR, SO_PEERCRED, SOCK_CLOEXEC, SOCK_NONBLOCK, SOL_SOCKET
 from typing import Any, NamedTuple, Self
 
-from ._linux.sockets import SO_COOKIE, TIMEVAL
+from ._linux.sockets import TIMEVAL, cookie_of
 from .attachment import ContextHandle, current
 from .limits import CONNECT_TIMEOUT_MAX_SECONDS, CONNECT_TIMEOUT_SECONDS
 from .model.address import FIRST_GUEST_CID
@@ -248,11 +248,6 @@ class socket(stdlib.socket):  # noqa: N801 - the name is the standard library's
 
     # Shared by the socket classes
 
-    def _cookie(self) -> int:
-        """Return the kernel's number for the socket (SO_COOKIE), by which vsockd identifies it."""
-        cookie: int = _U64.unpack(_getsockopt(self, SOL_SOCKET, SO_COOKIE, 8))[0]
-        return cookie
-
     @property
     def _context(self) -> ContextHandle:
         """The context that this socket belongs to."""
@@ -262,13 +257,23 @@ class socket(stdlib.socket):  # noqa: N801 - the name is the standard library's
 
     def _is_trusted(self) -> bool:
         peer = self._peer[0] if self._peer is not None else VMADDR_CID_HOST
-        return self._context.is_trusted(self.type, peer, self._cookie())
+        return self._context.is_trusted(self.type, peer, cookie_of(self))
 
     # Provided by each socket class
 
     def accept(self) -> tuple[socket, tuple[int, int]]:
         """Wait for a connection; return its socket and the peer's ``(cid, port)``."""
         raise NotImplementedError
+
+    def connect_ex(self, address: Any, /) -> int:
+        """Call :meth:`connect`; return the errno instead of raising it, or 0."""
+        try:
+            self.connect(address)
+        except OSError as failure:
+            if failure.errno is None:
+                raise
+            return failure.errno
+        return 0
 
     def listen(self, backlog: int | None = None, /) -> None:
         """Listen, with at most ``backlog`` connections not yet accepted (default 128)."""

@@ -26,6 +26,10 @@ TRAP = 0x0003_0000
 KILL_PROCESS = 0x8000_0000
 _FAIL = 0x0005_0000  # SECCOMP_RET_ERRNO
 
+#: Arguments of prctl(2) and seccomp(2).
+PR_SET_NO_NEW_PRIVS = 38
+SET_MODE_FILTER = 1
+
 #: struct sock_fprog: the number of instructions and their address.
 SOCK_FPROG = struct.Struct("@HP")
 _INSTRUCTION = struct.Struct("=HBBI")

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import _socket
+import contextlib
 import struct
-from socket import AF_UNIX, CMSG_LEN, SCM_RIGHTS, SOCK_STREAM, SOL_SOCKET
+from collections.abc import Collection, Iterator
+from socket import AF_UNIX, CMSG_LEN, SCM_RIGHTS, SOCK_STREAM, SOL_SOCKET, socket
+from typing import Any
 
 SO_SNDBUFFORCE = 32  #: SO_SNDBUF above the system's limit (CAP_NET_ADMIN)
 SO_COOKIE = 57  #: a number of 64 bits that the kernel gives to one socket only
@@ -37,6 +40,34 @@ def timeout_of(sock: _socket.socket, option: int) -> float:
     """Return a socket's SO_RCVTIMEO or SO_SNDTIMEO in seconds; 0 means no timeout."""
     seconds, microseconds = TIMEVAL.unpack(_get_option(sock, SOL_SOCKET, option, TIMEVAL.size))
     return float(seconds + microseconds / 1e6)
+
+
+@contextlib.contextmanager
+def closed_on_failure(sock: socket) -> Iterator[None]:
+    """Close ``sock`` if the with block fails."""
+    try:
+        yield
+    except BaseException:
+        sock.close()
+        raise
+
+
+def connect_to_any(kind: int, addresses: Collection[tuple[int, Any]]) -> socket:
+    """Return a socket connected to the first of ``addresses``, each a family and an address.
+
+    Raises OSError of the last address if no connect succeeds.
+    """
+    for number, (family, address) in enumerate(addresses, 1):
+        sock = socket(family, kind)
+        try:
+            sock.connect(address)
+        except OSError:
+            sock.close()
+            if number == len(addresses):
+                raise
+        else:
+            return sock
+    raise AssertionError("no address was given")
 
 
 # Descriptors in messages (SCM_RIGHTS)

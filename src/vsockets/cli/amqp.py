@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import logging
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -11,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from .. import logs
 from ..amqp.routing import AUTHORITY
 from ..extras import how_to_install
 from ..model.constants import VMADDR_CID_HOST
@@ -21,7 +19,7 @@ from .errors import CliError
 from .groups import group
 from .options import (
     Decorator,
-    LogFormat,
+    configure_log,
     log_format_option,
     parser_of,
     path_option,
@@ -77,7 +75,7 @@ _tls_key_option = _file_option("--tls-key", "Private key (PEM), if it is not in 
 )
 @verbose_option
 @log_format_option
-def guest_proxy(listen: Any, host: Any, verbose: bool, log_format: LogFormat) -> None:
+def guest_proxy(listen: Any, host: Any, verbose: bool, log_format: str) -> None:
     """Run in a guest: connect each AMQP client to the host proxy by a stream."""
     from ..amqp.guest_proxy import GuestProxy
 
@@ -121,7 +119,7 @@ def host_proxy(
     tls_key: Path | None,
     tls_name: str | None,
     verbose: bool,
-    log_format: LogFormat,
+    log_format: str,
 ) -> None:
     """Run on the host: carry all guests' connections to the AMQP proxy over one TCP connection."""
     require("h2")
@@ -176,7 +174,7 @@ def amqp_proxy(
     tls_key: Path | None,
     tls_ca: Path | None,
     verbose: bool,
-    log_format: LogFormat,
+    log_format: str,
 ) -> None:
     """Run beside the brokers: connect each session of a host proxy to a healthy broker."""
     require("h2")
@@ -212,12 +210,10 @@ def require(*libraries: str) -> None:
             raise CliError(f"the Python package {library} is missing: {how_to_install('amqp')}")
 
 
-def _serve(
-    listen: Locator, make: Callable[[], Proxy], verbose: bool, log_format: LogFormat
-) -> None:
+def _serve(listen: Locator, make: Callable[[], Proxy], verbose: bool, log_format: str) -> None:
     from ..amqp.service import run
 
-    logs.configure("vsock: %(message)s", logging.INFO if verbose else logs.NOTICE, log_format.value)
+    configure_log(verbose, log_format)
     try:
         run(make, listen)
     except OSError as error:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import sys
-from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
 import click
 
+from ..fabric.settings import Profile
 from ..model.address import parse_cid, parse_port
 from ..vmware import VmxError, read_vmx
 from .connect import administrator
@@ -30,14 +30,6 @@ from .output import Column, complain, notice, print_json, print_table, user_name
 @group("context")
 def context() -> None:
     """Add, list, remove, suspend, migrate and power guests."""
-
-
-class Profile(StrEnum):
-    """Isolation profiles of a guest; docs/security.md describes them."""
-
-    DEFAULT = "default"
-    RESTRICTED = "restricted"
-    LEGACY = "legacy"
 
 
 @context.command("add")
@@ -231,20 +223,13 @@ def migrate(cid: int) -> None:
         report_left(control.migrate(cid))
 
 
-class Switch(StrEnum):
-    """State of a mode."""
-
-    ON = "on"
-    OFF = "off"
-
-
 @context.command("ft")
 @cid_argument
-@argument("mode", **members(Switch), metavar="{on|off}")
-def fault_tolerance(cid: int, mode: Switch) -> None:
+@argument("mode", type=click.Choice(("on", "off")), metavar="{on|off}")
+def fault_tolerance(cid: int, mode: str) -> None:
     """Set fault tolerance mode: drop a guest's connections, and refuse new ones while on."""
     with administrator() as control:
-        report_left(control.fault_tolerance(cid, mode is Switch.ON))
+        report_left(control.fault_tolerance(cid, mode == "on"))
 
 
 @context.command("power-off")

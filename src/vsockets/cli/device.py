@@ -21,7 +21,15 @@ from ..control import Events
 from ..model.locator import check_hybrid_path
 from .connect import administrator
 from .groups import group
-from .options import Decorator, LogFormat, log_format_option, path_option, read_cid, seconds_option
+from .options import (
+    Decorator,
+    configure_log,
+    log_format_option,
+    path_option,
+    read_cid,
+    seconds_option,
+    verbose_option,
+)
 
 if TYPE_CHECKING:
     from ..devices.client import DeviceClient
@@ -56,12 +64,18 @@ _sandbox_option = click.option(
     default=True,
     help="Drop every privilege and system call that the device does not need.",
 )
-_verbose_option = click.option("-v", "--verbose", is_flag=True, help="Log every connection.")
+
+
+def _common_options(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Declare the options that all devices have: the keyword arguments of :func:`_serve`."""
+    options = (_cid_option, _until_eof_option, _sandbox_option, verbose_option, log_format_option)
+    for option in reversed(options):
+        function = option(function)
+    return function
 
 
 @device.command("vmci")
 @_vhost_socket_option
-@_cid_option
 @click.option(
     "--legacy",
     is_flag=True,
@@ -73,20 +87,8 @@ _verbose_option = click.option("-v", "--verbose", is_flag=True, help="Log every 
     is_flag=True,
     help="Use the first version of the stream protocol.",
 )
-@_until_eof_option
-@_sandbox_option
-@_verbose_option
-@log_format_option
-def vmci(
-    path: Path,
-    cid: int | None,
-    legacy: bool,
-    older: bool,
-    until_eof: bool,
-    sandbox: bool,
-    verbose: bool,
-    log_format: LogFormat,
-) -> None:
+@_common_options
+def vmci(path: Path, legacy: bool, older: bool, **common: Any) -> None:
     """Serve a virtual machine's VMCI device over vfio-user (docs/vmci.md).
 
     For QEMU 10.1 and later: -device '{"driver":"vfio-user-pci","socket":{"type":"unix",
@@ -106,24 +108,13 @@ def vmci(
         VfioUserServer(loop, _listen(file), machine.device, machine.settle)
 
     ready = f"the VMCI device listens at {path}"
-    _serve(ready, cid, until_eof, sandbox, verbose, log_format, begin, file=file)
+    _serve(ready, begin, file=file, **common)
 
 
 @device.command("virtio")
 @_vhost_socket_option
-@_cid_option
-@_until_eof_option
-@_sandbox_option
-@_verbose_option
-@log_format_option
-def virtio(
-    path: Path,
-    cid: int | None,
-    until_eof: bool,
-    sandbox: bool,
-    verbose: bool,
-    log_format: LogFormat,
-) -> None:
+@_common_options
+def virtio(path: Path, **common: Any) -> None:
     """Serve a virtual machine's virtio-vsock device over vhost-user (docs/virtio.md).
 
     For QEMU 7.2 and later: -chardev socket,id=vsock,path=PATH -device
@@ -140,32 +131,19 @@ def virtio(
         VhostUserServer(loop, _listen(file), machine.device)
 
     ready = f"the virtio-vsock device listens at {path}"
-    common = (cid, until_eof, sandbox, verbose, log_format, begin)
-    _serve(ready, *common, datagrams=False, seqpacket=True, file=file)
+    _serve(ready, begin, datagrams=False, seqpacket=True, file=file, **common)
 
 
 @device.command("hybrid")
 @_socket_option("Unix socket of the virtual machine's monitor.")
-@_cid_option
 @seconds_option(
     "--wait",
     default=0.0,
     help="Retry a connect to the guest this long while it has no listener, or the machine does "
     "not run, in seconds.",
 )
-@_until_eof_option
-@_sandbox_option
-@_verbose_option
-@log_format_option
-def hybrid(
-    path: Path,
-    cid: int | None,
-    wait: float,
-    until_eof: bool,
-    sandbox: bool,
-    verbose: bool,
-    log_format: LogFormat,
-) -> None:
+@_common_options
+def hybrid(path: Path, wait: float, **common: Any) -> None:
     """Attach a virtual machine whose vsock is a unix socket: hybrid vsock (docs/hybrid.md).
 
     Firecracker and Cloud Hypervisor call PATH uds_path and socket, vhost-device-vsock uds-path.
@@ -190,18 +168,7 @@ def hybrid(
     try:
         ready = f"hybrid vsock at {path}"
         user = os.fstat(place).st_uid
-        _serve(
-            ready,
-            cid,
-            until_eof,
-            sandbox,
-            verbose,
-            log_format,
-            begin,
-            datagrams=False,
-            host_ports=True,
-            user=user,
-        )
+        _serve(ready, begin, datagrams=False, host_ports=True, user=user, **common)
     finally:
         for machine in machines:
             machine.close()
@@ -233,12 +200,13 @@ def _listen(file: SocketFile) -> socket.socket:
 
 def _serve(
     ready: str,
+    begin: Callable[[_Attached], None],
+    *,
     cid: int | None,
     until_eof: bool,
     sandbox: bool,
     verbose: bool,
-    log_format: LogFormat,
-    begin: Callable[[_Attached], None],
+    log_format: str,
     datagrams: bool = True,
     seqpacket: bool = False,
     host_ports: bool = False,
@@ -257,9 +225,7 @@ def _serve(
     from ..devices.loop import DeviceLoop
     from ..devices.sandbox import SocketRemoval, enter_sandbox
 
-    logs.configure(
-        "vsock device: %(message)s", logging.INFO if verbose else logs.NOTICE, log_format.value
-    )
+    configure_log(verbose, log_format, "vsock device")
     with administrator(start=True) as control:
         if cid is None or all(row["cid"] != cid for row in control.contexts()):
             cid = control.add_context(cid, lease=True)["cid"]

@@ -5,40 +5,32 @@ from __future__ import annotations
 import json
 import sys
 import time
-from enum import StrEnum
 from typing import Any
 
 import click
 
+from ..control import TOPICS
 from ..model.text import printable
 from .connect import administrator
 from .groups import command
-from .options import argument, members
+from .options import argument
 from .output import notice
-
-
-class Topic(StrEnum):
-    """Topics of events."""
-
-    CONTEXT = "context"
-    DENIAL = "denial"
-    DISCONNECT = "disconnect"
 
 
 @command("events")
 @argument(
     "topics",
     nargs=-1,
-    **members(Topic),
+    type=click.Choice(TOPICS),
     metavar="[context] [denial] [disconnect]",
     help="Topics to print. Default: all.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print JSON, one object per line.")
-def events(topics: tuple[Topic, ...], as_json: bool) -> None:
+def events(topics: tuple[str, ...], as_json: bool) -> None:
     """Print life-cycle events of guests and denials until Ctrl-C."""
     with administrator() as control, control.events(*topics) as stream:
         if sys.stderr.isatty():
-            notice(f"following events: {', '.join(topics or Topic)} (Ctrl-C ends)")
+            notice(f"following events: {', '.join(topics or TOPICS)} (Ctrl-C ends)")
         for event in stream:
             print(json.dumps(event) if as_json else printable(_describe(event)), flush=True)
 
@@ -46,10 +38,10 @@ def events(topics: tuple[Topic, ...], as_json: bool) -> None:
 def _describe(event: dict[str, Any]) -> str:
     clock = time.strftime("%H:%M:%S", time.localtime(event["time"]))
     lost = f" ({event['missed']} events were lost before)" if event["missed"] else ""
-    if event["topic"] == Topic.CONTEXT:
+    if event["topic"] == "context":
         dropped = f", {event['dropped']} connections dropped" if event.get("dropped") else ""
         what = f"context {event['cid']} {event['name']}: {event['change']}{dropped}"
-    elif event["topic"] == Topic.DISCONNECT:
+    elif event["topic"] == "disconnect":
         what = event["message"]
     else:
         what = f"context {event['context']}: {event['message']}"

@@ -16,8 +16,8 @@ from .connect import lasting_context
 from .errors import CONNECT, CliError, cli_error
 from .groups import command
 from .options import (
-    LogFormat,
     allow_option,
+    configure_log,
     count_option,
     log_format_option,
     parser_of,
@@ -101,7 +101,7 @@ def forward(
     max_connections: int,
     drain: float,
     verbose: bool,
-    log_format: LogFormat,
+    log_format: str,
 ) -> None:
     """Forward each client of FROM to TO, until SIGTERM or Ctrl-C.
 
@@ -140,7 +140,7 @@ def serve(
     forwards: list[Settings],
     drain: float = _DRAIN,
     verbose: bool = False,
-    log_format: LogFormat = LogFormat.TEXT,
+    log_format: str = "text",
     *,
     reload: Callable[[], list[Settings]] | None = None,
     recorder: Recorder | None = None,
@@ -148,7 +148,7 @@ def serve(
     """Run ``forwards`` until SIGTERM or SIGINT; on SIGHUP replace them by ``reload()``."""
     from ..forward.service import run
 
-    logs.configure("vsock: %(message)s", logging.INFO if verbose else logs.NOTICE, log_format.value)
+    configure_log(verbose, log_format)
 
     ends = (end for settings in forwards for end in (settings.source, settings.target))
     context = lasting_context(any(isinstance(end, Vsock) for end in ends))

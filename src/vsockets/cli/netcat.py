@@ -8,7 +8,7 @@ import socket as stdlib
 import click
 
 from .._linux.descriptor_passing import guard
-from .._linux.sockets import pack_timeval, refuse_descriptors
+from .._linux.sockets import closed_on_failure, pack_timeval, refuse_descriptors
 from ..attachment import ContextHandle, KernelContext, wait_readable
 from ..model.constants import (
     AF_VSOCK,
@@ -259,15 +259,12 @@ def _connected(
 ) -> socket:
     sock = socket(type=kind, context=own_context())
     refuse_descriptors(sock)
-    try:
+    with closed_on_failure(sock):
         if source_port is not None:
             sock.bind((VMADDR_CID_ANY, source_port))
         if timeout:
             sock.setsockopt(AF_VSOCK, SO_VM_SOCKETS_CONNECT_TIMEOUT, pack_timeval(timeout))
         sock.connect(address)
-    except BaseException:
-        sock.close()
-        raise
     return sock
 
 

@@ -17,8 +17,8 @@ from .connect import lasting_context
 from .errors import CliError
 from .groups import group
 from .options import (
-    LogFormat,
     argument,
+    configure_log,
     count_option,
     log_format_option,
     parser_of,
@@ -78,7 +78,7 @@ def serve(
     listen: tuple[Locator, ...],
     state: Path | None,
     verbose: bool,
-    log_format: LogFormat,
+    log_format: str,
 ) -> None:
     """Serve folders by NFS version 3, with the MOUNT protocol on the same port."""
     from .._linux.rlimit import allow_many_descriptors
@@ -90,7 +90,7 @@ def serve(
     addresses = list(listen) or [Vsock(VMADDR_CID_HOST, PORT, datagram=True)]
     for locator in addresses:
         _expect(locator, "--listen")
-    logs.configure("vsock: %(message)s", logging.INFO if verbose else logs.NOTICE, log_format.value)
+    configure_log(verbose, log_format)
     log = logging.getLogger("vsockets.nfs")
 
     def opened(server: NfsServer) -> None:
@@ -145,7 +145,7 @@ def mount(server: Any, export: str, folder: Path, mount_server: Any, transfer_si
     _expect(server, "SERVER")
     if mount_server is not None:
         _expect(mount_server, "--mount-server")
-    logs.configure("vsock: %(message)s", logs.NOTICE, LogFormat.TEXT.value)
+    configure_log()
     context = lasting_context() if isinstance(server, Vsock) else None
     try:
         preflight.check()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from enum import StrEnum
+from enum import Enum
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -55,7 +55,7 @@ def _read_peer_rule(text: str) -> Any:
     return PeerRule.parse(text)
 
 
-def members(kind: type[StrEnum]) -> dict[str, Any]:
+def members(kind: type[Enum]) -> dict[str, Any]:
     """Return the ``type`` and ``callback`` of a parameter whose values are members of ``kind``."""
 
     def convert(context: click.Context, parameter: click.Parameter, value: Any) -> Any:
@@ -103,11 +103,13 @@ def path_argument(name: str, **attributes: Any) -> Decorator[Any]:
     return argument(name, type=click.Path(path_type=Path), **attributes)
 
 
-class LogFormat(StrEnum):
-    """Formats of the log that long-running commands write to standard error."""
+def configure_log(verbose: bool = False, log_format: str = "text", name: str = "vsock") -> None:
+    """Log notices to standard error, with ``verbose`` also every connection."""
+    import logging
 
-    TEXT = "text"
-    JSON = "json"
+    from .. import logs
+
+    logs.configure(f"{name}: %(message)s", logging.INFO if verbose else logs.NOTICE, log_format)
 
 
 cid_argument = argument("cid", type=read_cid, metavar="CID")
@@ -115,8 +117,8 @@ json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON."
 verbose_option = click.option("-v", "--verbose", is_flag=True, help="Log every connection.")
 log_format_option = click.option(
     "--log-format",
-    **members(LogFormat),
-    default=LogFormat.TEXT.value,
+    type=click.Choice(("text", "json")),
+    default="text",
     help="Format of the log on standard error; json: one object per line.",
 )
 reserved_ports_option = click.option(

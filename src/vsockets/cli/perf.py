@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from .. import logs
 from ..extras import how_to_install
 from ..model.locator import Locator, Vsock, parse_locator
 from ..perf.limits import PERF_MESSAGE_MAX_BYTES, PERF_RUN_MAX_SECONDS
@@ -24,8 +23,8 @@ from .connect import lasting_context, own_context
 from .errors import CONNECT, CliError, cli_error
 from .groups import group
 from .options import (
-    LogFormat,
     argument,
+    configure_log,
     count_option,
     json_option,
     members,
@@ -101,7 +100,7 @@ def serve(addresses: tuple[Locator, ...]) -> None:
     """Serve measurements on every ADDRESS.  Default: vsock::5201 and vsock-dgram::5201."""
     from ..perf.server import PerfServer
 
-    logs.configure("vsock: %(message)s", logs.NOTICE, LogFormat.TEXT.value)
+    configure_log()
     wanted = [*addresses] or [parse_locator("vsock::5201"), parse_locator("vsock-dgram::5201")]
     try:
         server = PerfServer(wanted, lasting_context(any(isinstance(one, Vsock) for one in wanted)))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import sys
-from enum import StrEnum
 from pathlib import Path
 
 import click
@@ -13,17 +12,8 @@ from .. import launcher
 from ..state_folder import default_folder
 from .connect import administrator
 from .groups import command
-from .options import LogFormat, json_option, log_format_option, members
+from .options import json_option, log_format_option
 from .output import Column, print_json, print_table
-
-
-class LogLevel(StrEnum):
-    """Levels of vsockd's log."""
-
-    DEBUG = "debug"
-    INFO = "info"
-    WARNING = "warning"
-    ERROR = "error"
 
 
 @command("up")
@@ -32,16 +22,16 @@ class LogLevel(StrEnum):
 )
 @click.option(
     "--log-level",
-    **members(LogLevel),
-    default=LogLevel.WARNING.value,
+    type=click.Choice(("debug", "info", "warning", "error")),
+    default="warning",
     help="Lowest level that vsockd logs; with --foreground.",
 )
 @log_format_option
-def up(foreground: bool, log_level: LogLevel, log_format: LogFormat) -> None:
+def up(foreground: bool, log_level: str, log_format: str) -> None:
     """Start vsockd, the fabric's daemon, unless it runs already."""
     folder = default_folder()
     if foreground:
-        _exec_vsockd(folder, "--log-level", log_level.value, "--log-format", log_format.value)
+        _exec_vsockd(folder, "--log-level", log_level, "--log-format", log_format)
     started = launcher.start(folder, on_demand=False)
     with administrator(start=True) as control:
         pid = control.status()["pid"]

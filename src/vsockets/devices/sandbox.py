@@ -26,8 +26,6 @@ from .._linux import bpf
 from .._linux.folders import SocketFile
 from .._linux.libc import libc
 
-_PR_SET_NO_NEW_PRIVS = 38
-_SECCOMP_SET_MODE_FILTER = 1
 _NOBODY = 65_534
 _CAPABILITIES_VERSION = 0x2008_0522  # capset(2): version 3, whose sets are six 32-bit words
 _REFUSE = bpf.refuse(errno.EPERM)
@@ -129,13 +127,13 @@ def enter_sandbox(user: int | None = None, paths: bool = False) -> None:
             if user or error.errno not in (errno.EPERM, errno.EINVAL):
                 raise
     _check(libc.capset(struct.pack("Ii", _CAPABILITIES_VERSION, 0), bytes(24)))
-    _check(libc.prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0))
+    _check(libc.prctl(bpf.PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0))
     filter = _assemble(machine, machine.plain + machine.paths if paths else machine.plain)
     instructions = ctypes.create_string_buffer(filter, len(filter))
     program = bpf.SOCK_FPROG.pack(
         len(filter) // bpf.INSTRUCTION_SIZE, ctypes.addressof(instructions)
     )
-    _check(libc.syscall(machine.seccomp, _SECCOMP_SET_MODE_FILTER, 0, program))
+    _check(libc.syscall(machine.seccomp, bpf.SET_MODE_FILTER, 0, program))
     sys.stderr.flush()
 
 

@@ -12,6 +12,7 @@ import asyncio
 import socket as stdlib
 from collections.abc import Callable
 
+from .._linux.sockets import closed_on_failure
 from ..attachment import Attachment, ContextHandle, current
 from ..model.constants import VMADDR_CID_ANY, VMADDR_PORT_ANY
 from ..socket import socket
@@ -32,11 +33,8 @@ def lifeline(context: ContextHandle | None) -> stdlib.socket | None:
     if not isinstance(handle, Attachment):
         return None
     sock = socket(context=handle)
-    try:
+    with closed_on_failure(sock):
         sock.bind((VMADDR_CID_ANY, VMADDR_PORT_ANY))
-    except BaseException:
-        sock.close()
-        raise
     return sock
 
 

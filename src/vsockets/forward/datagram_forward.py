@@ -7,13 +7,13 @@ its clients apart and answers reach the right one.  Datagrams without room are d
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import socket as stdlib
 from collections import deque
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable
 from typing import TYPE_CHECKING, Any
 
 from .._linux.descriptor_passing import guard
+from .._linux.sockets import closed_on_failure, connect_to_any
 from ..attachment import ContextHandle, current
 from ..eventloop.asyncio_server import DatagramReceiver
 from ..limits import ACCEPTS_PER_TURN_MAX, MAX_DATAGRAM
@@ -23,7 +23,7 @@ from ..protocol.vsockmon import Operation
 from ..socket import socket
 from ..state_folder import connect_to
 from .client import caused_by, describe_source, log, party_of
-from .dialer import Dialer, Found
+from .dialer import Dialer
 from .fairness import FlowTable
 from .limits import FORWARD_FLOW_PENDING_MAX
 from .settings import Settings, admits_peer
@@ -97,10 +97,10 @@ class Flow:
                 resolver = self._forward.dialer.resolver
                 party = party_of(self.source)
                 found = await resolver.resolve(host, port, stdlib.SOCK_DGRAM, party)
-                sock = _connected_to_any(found)
+                sock = connect_to_any(stdlib.SOCK_DGRAM, found)
             case Unix(path):
                 sock = guard(stdlib.socket(stdlib.AF_UNIX, stdlib.SOCK_DGRAM))
-                with _closed_on_failure(sock):
+                with closed_on_failure(sock):
                     sock.bind("")  # a name that the kernel chooses, for the answers
                     if path.startswith("@"):
                         sock.connect("\0" + path[1:])
@@ -262,27 +262,3 @@ class DatagramForward:
             *(self.settings, describe_source(flow.source), flow.sent, flow.received, flow.dropped),
             extra=caused_by(flow.source),
         )
-
-
-def _connected_to_any(found: Sequence[Found]) -> stdlib.socket:
-    """Return a datagram socket connected to the first address that has a route."""
-    for number, (family, address) in enumerate(found, 1):
-        sock = stdlib.socket(family, stdlib.SOCK_DGRAM)
-        try:
-            sock.connect(address)
-        except OSError:
-            sock.close()
-            if number == len(found):
-                raise
-        else:
-            return sock
-    raise AssertionError("no address was given")
-
-
-@contextlib.contextmanager
-def _closed_on_failure(sock: stdlib.socket) -> Any:
-    try:
-        yield
-    except BaseException:
-        sock.close()
-        raise

@@ -8,11 +8,10 @@ import os
 import socket as stdlib
 import time
 from array import array
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 from .._linux.descriptor_passing import guard
+from .._linux.sockets import closed_on_failure, connect_to_any
 from ..attachment import ContextHandle
 from ..model.locator import Inet, Locator, Unix, Vsock, VsockMux
 from ..protocol.hybrid import ClientHandshake
@@ -221,9 +220,11 @@ def connect(locator: Locator, context: ContextHandle | None = None) -> stdlib.so
     match locator:
         case Vsock(cid, port):
             sock: stdlib.socket = guard(socket(type=kind, context=context))
-            _or_close(sock, lambda: sock.connect((cid, port)))
+            with closed_on_failure(sock):
+                sock.connect((cid, port))
         case Inet(host, port):
-            sock = _connect_to_any(stdlib.getaddrinfo(host, port, type=kind))
+            found = stdlib.getaddrinfo(host, port, type=kind)
+            sock = connect_to_any(kind, [(family, address) for family, *_, address in found])
             if not locator.datagram:
                 sock.setsockopt(stdlib.IPPROTO_TCP, stdlib.TCP_NODELAY, 1)
         case Unix(path) | VsockMux(path):
@@ -231,38 +232,16 @@ def connect(locator: Locator, context: ContextHandle | None = None) -> stdlib.so
             if locator.datagram:
                 sock.bind("")  # a name that the kernel chooses, for the answers
             name = "\0" + path[1:] if path.startswith("@") else path
-            _or_close(sock, lambda: connect_to(sock.connect, name))
-            if isinstance(locator, VsockMux):
-                _or_close(sock, lambda: _choose_port(sock, locator.port))
+            with closed_on_failure(sock):
+                connect_to(sock.connect, name)
+                if isinstance(locator, VsockMux):
+                    _choose_port(sock, locator.port)
         case _:
             raise OSError(
                 errno.EOPNOTSUPP, f"{locator}: expected vsock:, tcp:, unix: or vsock-mux:"
             )
     set_timeouts(sock)
     return sock
-
-
-def _connect_to_any(found: Sequence[Any]) -> stdlib.socket:
-    """Return a socket connected to the first address that answers."""
-    for number, (family, kind, _, _, address) in enumerate(found, 1):
-        sock = stdlib.socket(family, kind)
-        try:
-            sock.connect(address)
-        except OSError:
-            sock.close()
-            if number == len(found):
-                raise
-        else:
-            return sock
-    raise AssertionError("getaddrinfo() returned no address")
-
-
-def _or_close(sock: stdlib.socket, call: Callable[[], object]) -> None:
-    try:
-        call()
-    except BaseException:
-        sock.close()
-        raise
 
 
 def _choose_port(sock: stdlib.socket, port: int) -> None:

@@ -22,6 +22,7 @@ from collections.abc import Callable, Sequence
 from socket import AF_UNIX, SOCK_CLOEXEC
 from typing import NamedTuple
 
+from .._linux.bpf import PR_SET_NO_NEW_PRIVS, SET_MODE_FILTER
 from .._linux.libc import libc
 from .arch import Architecture
 from .filter import Rule, Served, assemble
@@ -47,9 +48,7 @@ _SYNCHRONOUS_WAKE_UP = 1
 _CONTINUE = 1
 _ADD_AND_ANSWER = 2
 
-_SET_MODE_FILTER = 1
 _NEW_LISTENER = 8
-_PR_SET_NO_NEW_PRIVS = 38
 
 #: Answers kept for threads that were interrupted before they had them: such a thread repeats the
 #: call at once or never.
@@ -74,13 +73,13 @@ def install(machine: Architecture, program: bytes, flags: int = _NEW_LISTENER) -
     argument = ctypes.byref(_Program(length, program))
 
     def attempt() -> int:
-        result: int = libc.syscall(machine.seccomp, _SET_MODE_FILTER, flags, argument)
+        result: int = libc.syscall(machine.seccomp, SET_MODE_FILTER, flags, argument)
         return result
 
     # Without privileges, a process must first promise never to gain any.
     listener = attempt()
     if listener < 0 and ctypes.get_errno() == errno.EACCES:
-        libc.prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
+        libc.prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
         listener = attempt()
     if listener < 0:
         code = ctypes.get_errno()

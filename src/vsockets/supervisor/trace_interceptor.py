@@ -22,7 +22,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from socket import AF_UNIX
 
-from .._linux.bpf import NOTIFY
+from .._linux.bpf import NOTIFY, PR_SET_NO_NEW_PRIVS, SET_MODE_FILTER, SOCK_FPROG
 from .._linux.inspection import status_field
 from .arch import Architecture
 from .filter import (
@@ -62,10 +62,7 @@ from .tracing import numbers_for
 log = logging.getLogger(__name__)
 
 # For calls that a tracee makes for the supervisor.
-_SET_MODE_FILTER, _ALL_THREADS = 1, 1
-_PR_SET_NO_NEW_PRIVS = 38
-#: struct sock_fprog: how many instructions, and where.
-_PROGRAM = struct.Struct("=H6xQ")
+_ALL_THREADS = 1
 #: The beginning of struct sigaction: the handler.
 _HANDLER = struct.Struct("=Q")
 
@@ -504,14 +501,14 @@ class TraceInterceptor:
         machine, call = self._machine, self._injector.call
         program = assemble(machine, traced_rules(machine, kind, numbers), is_first=False)
         at = self._injector.scratch(thread)
-        data = _PROGRAM.pack(len(program) // 8, at + _PROGRAM.size) + program
+        data = SOCK_FPROG.pack(len(program) // 8, at + SOCK_FPROG.size) + program
         if self._injector.write_scratch(thread, data) != at:
             return errno.EFAULT
-        arguments = (_SET_MODE_FILTER, _ALL_THREADS, at)
+        arguments = (SET_MODE_FILTER, _ALL_THREADS, at)
         result = call(thread, machine.seccomp, *arguments)
         if result == -errno.EACCES:
             # As for the first filter: a process without privilege must promise never to get any.
-            call(thread, machine.prctl, _PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
+            call(thread, machine.prctl, PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
             result = call(thread, machine.seccomp, *arguments)
         # A positive result is a thread with a filter of its own, which cannot have this one.
         return errno.EBUSY if result > 0 else -result

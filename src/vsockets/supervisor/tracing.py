@@ -17,10 +17,10 @@ import contextlib
 import errno
 import logging
 import os
-import struct
 from collections.abc import Callable, Generator
 from enum import Enum, auto
 
+from .._linux.bpf import PR_SET_NO_NEW_PRIVS, SET_MODE_FILTER, SOCK_FPROG
 from .._linux.libc import libc
 from .arch import Architecture
 from .filter import COPYING, TRACE_MARK, Numbers, Served, assemble, traced_rules
@@ -40,12 +40,9 @@ from .ptrace import (
 log = logging.getLogger(__name__)
 
 # Arguments of calls that a tracee is made to perform.
-_SET_MODE_FILTER, _ALL_THREADS = 1, 1
-_PR_SET_NO_NEW_PRIVS = 38
+_ALL_THREADS = 1
 _PRIVATE_ANONYMOUS, _READ_WRITE = 0x22, 3
 _NOWHERE = (1 << 64) - 1
-#: struct sock_fprog: the number of instructions, and their address.
-_PROGRAM = struct.Struct("=H6xQ")
 
 #: The kernel allows some hundreds of filters for a process.  The first few cover one number each,
 #: each later one twice as many as the one before, up to all numbers that a process can have.
@@ -478,19 +475,19 @@ class Tracer:
     ) -> Generator[_Then, Stop, int]:
         machine = self._machine
         program = assemble(machine, traced_rules(machine, kind, numbers), is_first=False)
-        size = _PROGRAM.size + len(program)
+        size = SOCK_FPROG.size + len(program)
         arguments = (0, size, _READ_WRITE, _PRIVATE_ANONYMOUS, _NOWHERE, 0)
         at = yield from self._call(thread, base, machine.mmap, arguments)
         if -4096 < at < 0:
             return -at
-        data = _PROGRAM.pack(len(program) // 8, at + _PROGRAM.size) + program
+        data = SOCK_FPROG.pack(len(program) // 8, at + SOCK_FPROG.size) + program
         with self._processes.opened_memory(thread.number) as memory:
             write_memory(memory, at, data)
-        install = (_SET_MODE_FILTER, _ALL_THREADS, at)
+        install = (SET_MODE_FILTER, _ALL_THREADS, at)
         result = yield from self._call(thread, base, machine.seccomp, install)
         if result == -errno.EACCES:
             # Without privileges, a process must first promise never to gain any.
-            promise = (_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
+            promise = (PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
             yield from self._call(thread, base, machine.prctl, promise)
             result = yield from self._call(thread, base, machine.seccomp, install)
         yield from self._call(thread, base, machine.munmap, (at, size))

@@ -16,7 +16,6 @@ import subprocess
 import tempfile
 from functools import partial
 from pathlib import Path
-from types import TracebackType
 
 from .waiting import wait_until
 
@@ -81,12 +80,7 @@ class PrivateRabbitMQ:
             raise
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        value: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._close()
 
     def start(self, number: int) -> None:

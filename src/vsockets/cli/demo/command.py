@@ -209,13 +209,19 @@ def _judge_throughput(measured: dict[str, Any]) -> list[Step]:
 
 
 @contextlib.contextmanager
-def progress(what: str, total: int, show: bool) -> Iterator[Callable[[int], None]]:
-    """Show a progress bar on standard error; yield a function that sets the amount done so far."""
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
+def progress(
+    what: str, total: int, show: bool, column: str = "TaskProgressColumn"
+) -> Iterator[Callable[[int], None]]:
+    """Show a progress bar on standard error; yield a function that sets the amount done so far.
 
-    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn())
-    console = Console(stderr=True)
-    with Progress(*columns, console=console, disable=not show, transient=True) as bar:
+    ``column`` is the class of ``rich.progress`` that writes the amount.
+    """
+    import rich.progress as rich
+    from rich.console import Console
+
+    columns = (rich.TextColumn("{task.description}"), rich.BarColumn(), getattr(rich, column)())
+    with rich.Progress(
+        *columns, console=Console(stderr=True), disable=not show, transient=True
+    ) as bar:
         task = bar.add_task(what, total=total)
         yield lambda done: bar.update(task, completed=done)

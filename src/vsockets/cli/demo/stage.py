@@ -12,7 +12,6 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 from ...attachment import Attachment
@@ -158,16 +157,11 @@ class Stage:
             self.fabric = PrivateFabric().__enter__()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        value: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *failure: object) -> None:
         with signals_deferred():
             for program in self._programs:
                 program.close()
-            self.fabric.__exit__(kind, value, traceback)
+            self.fabric.__exit__(*failure)
 
     def start(self, context: Attachment, role: str, *arguments: object) -> Program:
         """Start one of the demo's programs in ``context``."""

@@ -14,7 +14,7 @@ import sys
 import tempfile
 import time
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -30,6 +30,7 @@ from ..vm import (
     find_qemu,
     require_qmp,
 )
+from .command import progress
 
 if TYPE_CHECKING:
     from ...testing import PrivateFabric
@@ -229,11 +230,11 @@ def _copy(guest: GuestClient, folder: Path | None, scratch: Path, show: bool) ->
         return _Step(title, intact, f"{amount} in {time.monotonic() - began:.1f} s, {digests}")
 
     began = time.monotonic()
-    with _progress("into the guest", sum(sizes), show) as advance:
+    with progress("into the guest", sum(sizes), show, "DownloadColumn") as advance:
         guest.copy_in(source, _COPIED, advance)
     yield step("copy a folder in", began, guest.digest(_COPIED))
     began = time.monotonic()
-    with _progress("out of the guest", sum(sizes), show) as advance:
+    with progress("out of the guest", sum(sizes), show, "DownloadColumn") as advance:
         guest.copy_out(_COPIED, scratch / "back", advance, sum(sizes))
     yield step("copy it out again", began, digest(scratch / "back"))
 
@@ -244,18 +245,6 @@ def _make_files(folder: Path) -> Path:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(os.urandom(_SIZE))
     return folder
-
-
-@contextlib.contextmanager
-def _progress(title: str, total: int, show: bool) -> Iterator[Callable[[int], None]]:
-    from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn
-
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn())
-    console = Console(stderr=True)
-    with Progress(*columns, console=console, disable=not show, transient=True) as bar:
-        task = bar.add_task(title, total=total)
-        yield lambda done: bar.update(task, completed=done)
 
 
 @contextlib.contextmanager

@@ -15,6 +15,7 @@ import socket as stdlib
 from socket import SOCK_DGRAM
 from typing import Any, Self
 
+from ..._linux.sockets import cookie_of
 from ...limits import DATAGRAM_ROUTES_MAX, MAX_DATAGRAM
 from ...model.address import check
 from ...protocol import client, decode_source
@@ -58,16 +59,6 @@ class DatagramSocket(FabricSocket):
         self._record = None
         if self._local == UNBOUND:
             self.bind(UNBOUND)
-
-    def connect_ex(self, address: Any) -> int:
-        """Call :meth:`connect`; return the errno instead of raising it, or 0."""
-        try:
-            self.connect(address)
-        except OSError as failure:
-            if failure.errno is None:
-                raise
-            return failure.errno
-        return 0
 
     def listen(self, backlog: int | None = None, /) -> None:
         """Raise OSError(EOPNOTSUPP): datagram sockets have no connections."""
@@ -202,7 +193,7 @@ class DatagramSocket(FabricSocket):
 
     def _recover(self) -> None:
         with contextlib.suppress(OSError):
-            self._local = self._fabric.request(client.query(cookie=self._cookie()))[0].local
+            self._local = self._fabric.request(client.query(cookie=cookie_of(self)))[0].local
 
     def _default_address(self, flags: int) -> tuple[int, int]:
         if self._peer is None:

@@ -21,6 +21,7 @@ from ..._linux.sockets import (
     HAS_PASSRIGHTS,
     SO_PASSRIGHTS,
     allow_descriptors,
+    cookie_of,
     descriptor_in,
 )
 from ...attachment import Attachment, explain, receive_reply, send_request, wait_readable
@@ -81,7 +82,7 @@ class StreamSocket(FabricSocket):
         address = check(address)
         if self._phase is not _NEW:
             raise error(errno.EINVAL, "the socket is bound")
-        request = client.bind(address, sizes=self._buffers, cookie=self._cookie())
+        request = client.bind(address, sizes=self._buffers, cookie=cookie_of(self))
         self._local = self._request(request).local
         self._phase = _BOUND
 
@@ -153,7 +154,7 @@ class StreamSocket(FabricSocket):
         polling, seconds = timeout == 0, self._connect_timeout
         if timeout is not None and timeout < seconds:
             seconds = timeout
-        request = client.connect(peer, self._buffers, self._cookie(), polling)
+        request = client.connect(peer, self._buffers, cookie_of(self), polling)
         try:
             if not self._has_channel:
                 seconds = self._open_channel(seconds)
@@ -180,16 +181,6 @@ class StreamSocket(FabricSocket):
         except OSError as failure:
             explain(failure, self._context)
             raise
-
-    def connect_ex(self, address: Any) -> int:
-        """Call :meth:`connect`; return the errno instead of raising it, or 0."""
-        try:
-            self.connect(address)
-        except OSError as failure:
-            if failure.errno is None:
-                raise
-            return failure.errno
-        return 0
 
     # Data: these complete a connect in progress, or raise ENOTCONN
 
@@ -382,12 +373,12 @@ class StreamSocket(FabricSocket):
             _raw.send(self, client.update(self._buffers))
         elif self._phase is _CONNECTED:
             inode = os.fstat(self.fileno()).st_ino
-            request = client.resize(self._buffers.size, cookie=self._cookie(), inode=inode)
+            request = client.resize(self._buffers.size, cookie=cookie_of(self), inode=inode)
             with contextlib.suppress(OSError):  # vsockd has ended; the stream continues
                 self._fabric.request(request)
 
     def _recover(self) -> None:
-        request = client.query(cookie=self._cookie(), inode=os.fstat(self.fileno()).st_ino)
+        request = client.query(cookie=cookie_of(self), inode=os.fstat(self.fileno()).st_ino)
         try:
             record, _ = self._fabric.request(request)
         except OSError:
