@@ -287,8 +287,9 @@ class Ptrace:
         """Return whether a process has sent the signal that a thread is about to get."""
         info = ctypes.create_string_buffer(_SIGNAL_INFO_SIZE)
         self._request(_GETSIGINFO, thread, 0, ctypes.addressof(info))
-        code: int = _SIGNAL_INFO.unpack_from(info)[2]
-        return code <= 0
+        _, _, code, sender, *_ = _SIGNAL_INFO.unpack_from(info)
+        # That of a single step has a positive code on x86-64; on arm64 0 (SI_USER), and no process.
+        return bool(code < 0 or (code == 0 and sender & 0xFFFF_FFFF))
 
     def message(self, thread: int) -> int:
         """Return the message of an event, such as the number of a new thread."""
