@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 
 import vsockets
 from vsockets import VMADDR_CID_ANY, VMADDR_PORT_ANY
+from vsockets.daemon.limits import DAEMON_DESCRIPTOR_RESERVE
 from vsockets.testing import PrivateFabric
 
 from .harness import processor_time
@@ -56,4 +57,4 @@ def most(wanted: int, descriptors_each: int) -> int:
     else:
         hard = max(hard, 2 * wanted)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-    return min(wanted, (hard - 200) // descriptors_each)
+    return min(wanted, (hard - DAEMON_DESCRIPTOR_RESERVE - 200) // descriptors_each)
