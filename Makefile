@@ -6,7 +6,7 @@ PYTHON ?= python3
 BIN = .venv/bin
 export VSOCKETS_TRANSPORT = fabric
 
-.PHONY: demo test bench site debian-package exhaustion test-arm64 test-containers release clean test-downloads test-site test-pytest test-ordinary-user test-debian-13 test-ruff test-mypy
+.PHONY: demo test bench site debian-package exhaustion test-arm64 test-containers test-examples release clean test-downloads test-site test-pytest test-ordinary-user test-debian-13 test-ruff test-mypy
 
 # What a user needs, and no more.
 demo: .venv/usable
@@ -69,6 +69,10 @@ exhaustion: .venv/ready
 # The product below Podman itself, in an emulated virtual machine: three minutes.
 test-containers: .venv/ready
 	$(BIN)/pytest tests/containers/with_podman.py --durations=10
+
+# All examples, also the one that make test leaves out: half a minute, and two the first time.
+test-examples: .venv/ready
+	$(BIN)/pytest --override-ini 'python_files=test_*.py with_*.py' tests/examples --durations=20
 
 # Wheel, sdist, SBOM and checksums in dist/, from the commit, built twice and compared.
 release:

@@ -21,6 +21,7 @@ __all__ = [
     "ctypes_library",
     "ganesha",
     "go_libraries",
+    "go_ttrpc",
     "http2_proxy",
     "kernel",
     "qemu",
@@ -177,14 +178,30 @@ _GO = (
     "golang-github-google-go-cmp-dev",
 )
 
+_GO_TTRPC = (
+    *("golang-github-containerd-ttrpc-dev", "golang-github-gogo-protobuf-dev"),
+    *("golang-github-golang-protobuf-1-3-dev", "golang-google-genproto-dev"),
+    *("golang-google-grpc-dev", "golang-github-sirupsen-logrus-dev"),
+    "golang-github-pkg-errors-dev",
+)
+
 
 def go_libraries() -> Path:
-    """Return the ``GOPATH`` with Debian's Go libraries that the examples use."""
+    """Return the ``GOPATH`` with Debian's Go libraries that most examples use."""
 
     def fill(folder: Path) -> None:
         _STABLE.unpack(folder, *_GO)
 
     return cached("go-libraries", fill) / "usr/share/gocode"
+
+
+def go_ttrpc() -> Path:
+    """Return the ``GOPATH`` with ttrpc and what it imports, beside :func:`go_libraries`."""
+
+    def fill(folder: Path) -> None:
+        _STABLE.unpack(folder, *_GO_TTRPC)
+
+    return cached("go-ttrpc", fill) / "usr/share/gocode"
 
 
 #: A relative path is one from the parent of the file's folder.
@@ -200,12 +217,13 @@ def rust_libraries() -> Path:
     """Return the ``CARGO_HOME`` with Debian's Rust libraries that the examples use."""
 
     def fill(folder: Path) -> None:
-        _STABLE.unpack(folder, *_STABLE.with_dependencies("librust-tokio-vsock-dev"))
+        crates = _STABLE.with_dependencies("librust-tokio-vsock-dev", "librust-ttrpc-dev")
+        _STABLE.unpack(folder, *crates)
         home = folder / "cargo-home"
         home.mkdir()
         (home / "config.toml").write_text(_CARGO)
 
-    return cached("rust-libraries", fill) / "cargo-home"
+    return cached("crates", fill) / "cargo-home"
 
 
 #: Debian 13's systemd-notify with its libraries.
