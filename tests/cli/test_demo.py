@@ -73,9 +73,9 @@ def test_demo_succeeds(alone: Vsock) -> None:
 def test_the_table_fits_a_terminal_and_a_failed_step_is_a_failure(
     ok: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    refused = command._judge_refusal(errno.EHOSTUNREACH if ok else 0, 3, 4)
+    refused = command.judge_refusal(errno.EHOSTUNREACH if ok else 0, 3, 4)
     measured = {"median_MB_per_s": {"vsock": 1, "tcp": 1}, "ratio": 1.0, "intact": True}
-    steps = [refused, *command._judge_throughput(measured)]
+    steps = [refused, *command.judge_throughput(measured)]
     monkeypatch.setattr("vsockets.cli.demo.stage.Stage", contextlib.nullcontext)
     monkeypatch.setattr(signal, "signal", lambda number, handler: None)
     monkeypatch.setenv("COLUMNS", "80")
@@ -102,12 +102,12 @@ def test_interrupted_demo_leaves_nothing(alone: Vsock) -> None:
 
 
 def test_unexpected_results_are_failures() -> None:
-    assert command._judge_refusal(errno.EHOSTUNREACH, 3, 4).ok
-    assert not command._judge_refusal(0, 3, 4).ok
-    assert not command._judge_refusal(errno.ECONNRESET, 3, 4).ok
+    assert command.judge_refusal(errno.EHOSTUNREACH, 3, 4).ok
+    assert not command.judge_refusal(0, 3, 4).ok
+    assert not command.judge_refusal(errno.ECONNRESET, 3, 4).ok
     heard = {"us": [3, 99], "service": [2, command.SOURCES], "answer": {"source": [3, 99]}}
-    assert command._judge_datagrams(heard, 3).ok
-    assert not command._judge_datagrams(heard, 4).ok
-    assert not command._judge_datagrams({**heard, "answer": {"source": [4, 99]}}, 3).ok
-    assert command._judge_permission(0, {"client": [2, 99]}, 4).ok
-    assert not command._judge_permission(0, {"client": [3, 99]}, 4).ok
+    assert command.judge_datagrams(heard, 3).ok
+    assert not command.judge_datagrams(heard, 4).ok
+    assert not command.judge_datagrams({**heard, "answer": {"source": [4, 99]}}, 3).ok
+    assert command.judge_permission(0, {"client": [2, 99]}, 4).ok
+    assert not command.judge_permission(0, {"client": [3, 99]}, 4).ok

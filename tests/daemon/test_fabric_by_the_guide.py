@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import errno
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import pytest
@@ -263,7 +264,12 @@ class RealFabric(RuleBasedStateMachine):
         machine = data.draw(st.sampled_from(guests), "machine")
         sockets = [one for one in self.world.sockets() if one.home is machine]
         expected = self.world.may_change(machine, change)
-        answer = self.ask_administrator(expected, self.control._change_state, machine.cid, change)
+        name, _, mode = change.partition("-")
+        if name == "ft":
+            request = partial(self.control.fault_tolerance, machine.cid, mode == "on")
+        else:
+            request = partial(getattr(self.control, change.replace("-", "_")), machine.cid)
+        answer = self.ask_administrator(expected, request)
         if answer is None:
             return
         assert answer["streams_left"] == []

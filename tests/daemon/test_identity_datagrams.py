@@ -219,11 +219,13 @@ def test_sending_to_what_the_kernel_calls_the_receiver(
             assert refusal.value.errno in (errno.ENOENT, errno.ECONNREFUSED)
 
 
-def test_sending_to_the_name_of_a_route(guest: Attachment, receiver: vsockets.socket) -> None:
+def test_sending_to_the_name_of_a_route(
+    guest: Attachment, receiver: vsockets.socket, shared_fabric: PrivateFabric
+) -> None:
     """The receiver of a datagram knows the route's name, and cannot use it."""
     with unix_datagrams() as mine:
         assert adopt(guest, mine, 5001).status == 0
-        with vsockets.socket(type=DATAGRAM, context=receiver._context) as host:
+        with vsockets.socket(type=DATAGRAM, context=shared_fabric.host) as host:
             host.bind((2, 5002))
             host.sendto(b"x", (GUEST, 5001))
             _, name = mine.recvfrom(100)

@@ -37,10 +37,13 @@ def test_spin_repeats_until_the_condition_holds() -> None:
 
 def test_spin_stops_after_its_time() -> None:
     loop = DeviceLoop()
-    loop.spin(lambda: False, 0)
+    polls = []
+    loop.spin(lambda: bool(polls.append(1)), 0)  # type: ignore[func-returns-value]
     loop.call_later(0.001, loop.stop)
     loop.run()
-    assert not loop._spinning
+    before = len(polls)
+    loop.turn()
+    assert len(polls) == before > 0
     loop.close()
 
 

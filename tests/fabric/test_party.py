@@ -224,7 +224,7 @@ def test_users_without_holdings_are_forgotten_eventually() -> None:
     mine = host.party_of(ME.credentials.uid)
     for uid in range(10_000, 10_000 + 3 * HOST_USERS_REMEMBERED_MAX):
         assert host.party_of(uid) is host.party_of(uid)
-    assert len(host._users) <= HOST_USERS_REMEMBERED_MAX
+    assert len(host.parties()) <= HOST_USERS_REMEMBERED_MAX
     assert host.party_of(ME.credentials.uid) is mine
     fabric.unbind(endpoint)
     assert not mine.is_in_use

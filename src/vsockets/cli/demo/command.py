@@ -116,14 +116,14 @@ def play(stage: Stage, show_progress: bool) -> tuple[list[Step], dict[str, Any]]
     steps = [_send_files(sender, guest.cid, show_progress)]
     for asking in (guest, other):
         asked = stage.start(asking, "ask_for_source", host.cid, SOURCES).read()
-        steps.append(_judge_datagrams(asked, asking.cid))
+        steps.append(judge_datagrams(asked, asking.cid))
     refused = stage.start(guest, "try_to_connect", other.cid, PRIVATE).read()["errno"]
-    steps.append(_judge_refusal(refused, guest.cid, other.cid))
+    steps.append(judge_refusal(refused, guest.cid, other.cid))
     allowed = stage.start(host, "try_to_connect", other.cid, PRIVATE).read()["errno"]
     noted = listener.read() if allowed == 0 else None
-    steps.append(_judge_permission(allowed, noted, other.cid))
+    steps.append(judge_permission(allowed, noted, other.cid))
     measured = _measure(sender, tcp_sender)
-    steps += _judge_throughput(measured)
+    steps += judge_throughput(measured)
     return steps, measured
 
 
@@ -146,7 +146,8 @@ def _send_files(sender: Program, cid: int, show_progress: bool) -> Step:
     return Step("files over a stream", f"guest {cid} to host", ok, f"{amount}, {digest}")
 
 
-def _judge_datagrams(asked: dict[str, Any], cid: int) -> Step:
+def judge_datagrams(asked: dict[str, Any], cid: int) -> Step:
+    """Return the step of a service that reported a datagram's source, from its client's report."""
     source, us = asked["answer"]["source"], asked["us"]
     ok = source == us and us[0] == cid and asked["service"] == [2, SOURCES]
     result = "the host received from {}:{}".format(*source)
@@ -154,7 +155,8 @@ def _judge_datagrams(asked: dict[str, Any], cid: int) -> Step:
     return Step("datagrams", f"guest {cid} and host", ok, result)
 
 
-def _judge_refusal(code: int, cid: int, other: int) -> Step:
+def judge_refusal(code: int, cid: int, other: int) -> Step:
+    """Return the step of a connect to another guest; ``code`` is its errno, or 0."""
     result = f"refused: {errno.errorcode.get(code, code)} ({os.strerror(code)})"
     ok = code == errno.EHOSTUNREACH
     return Step(
@@ -162,7 +164,8 @@ def _judge_refusal(code: int, cid: int, other: int) -> Step:
     )
 
 
-def _judge_permission(code: int, noted: dict[str, Any] | None, cid: int) -> Step:
+def judge_permission(code: int, noted: dict[str, Any] | None, cid: int) -> Step:
+    """Return the step of the host's connect to a guest: its errno, and what the guest accepted."""
     ok = code == 0 and noted is not None and noted["client"][0] == 2
     result = (
         "the same listener accepts the host" if ok else f"{os.strerror(code)}, accepted {noted}"
@@ -194,7 +197,8 @@ def _measure(sender: Program, tcp_sender: Program) -> dict[str, Any]:
     }
 
 
-def _judge_throughput(measured: dict[str, Any]) -> list[Step]:
+def judge_throughput(measured: dict[str, Any]) -> list[Step]:
+    """Return the two steps of the measured transfers."""
     median, intact = measured["median_MB_per_s"], measured["intact"]
     runs = f"median of {TURNS}"
     return [
