@@ -25,6 +25,12 @@ def test_c(run_page: RunPage) -> None:
     run_page("c")
 
 
+def test_node(run_page: RunPage) -> None:
+    if shutil.which("node") is None:
+        pytest.skip("no node: apt install nodejs")
+    run_page("node")
+
+
 def test_go(run_page: RunPage, go: dict[str, str]) -> None:
     run_page("go", **go)
 
