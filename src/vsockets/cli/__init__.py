@@ -7,9 +7,9 @@ import sys
 
 
 def fill_standard_files() -> None:
-    """Open ``/dev/null`` for closed standard descriptors: no other file must get their numbers.
+    """Open ``/dev/null`` for closed standard descriptors, so that no other file gets their numbers.
 
-    A program that is executed does not inherit it: its descriptors are closed, as they were.
+    Programs executed by this process do not inherit it: these descriptors stay closed for them.
     """
     for fd in range(3):
         try:

@@ -1,7 +1,7 @@
 """The program ``vsock``: its commands, grouped for the help, and what all of them share.
 
-A command's module is imported when the command is called: names and one-line helps are kept here,
-so that neither ``vsock --help`` nor completion imports any.
+A command's module is imported when the command is called.  Names and one-line helps are kept here,
+so that neither ``vsock --help`` nor completion imports a command.
 """
 
 from __future__ import annotations
@@ -72,11 +72,11 @@ class LazyGroup(Group):
     """The commands of :data:`SECTIONS`, each imported from its module when it is called."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
-        """Return the names in the order of the help."""
+        """Return the commands' names in the order of the help."""
         return list(_COMMANDS)
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        """Import a command; return None if the name is unknown."""
+        """Import a command's module and return the command, or None if the name is unknown."""
         if cmd_name not in _COMMANDS:
             return None
         module = importlib.import_module(f"{__package__}.{_COMMANDS[cmd_name][0]}")
@@ -94,7 +94,7 @@ class LazyGroup(Group):
                 )
 
     def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem]:
-        """Return commands and options that begin with ``incomplete``, without importing one."""
+        """Return the commands and options that begin with ``incomplete``; import no command."""
         from click.shell_completion import CompletionItem
 
         commands = [
@@ -191,7 +191,7 @@ def start(arguments: list[str]) -> int:
     """Run one command line and return its exit status.
 
     The status is 0 for success, 1 for a failure, 2 for an invalid command line and 130 after
-    Ctrl-C; a command may have others.
+    Ctrl-C; some commands have further ones.
     """
     if "_VSOCK_COMPLETE" in os.environ:
         from . import completion

@@ -30,7 +30,7 @@ _LOADERS = {
 
 
 def answer(command: click.Command) -> int:
-    """Answer the request of a completion script, and return the exit status."""
+    """Print the completions that a shell's script asks for, and return the exit status."""
     return shell_complete(command, {}, "vsock", _VARIABLE, os.environ[_VARIABLE])
 
 
@@ -43,7 +43,7 @@ def script(command: click.Command) -> str:
 
 
 def install(command: click.Command) -> str:
-    """Write the completion script to the user's home folder, and return what was done.
+    """Write the completion script to the user's home folder, and return a message about it.
 
     Raises CliError if the shell is unknown.
     """

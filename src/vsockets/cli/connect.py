@@ -26,7 +26,10 @@ _chosen = False
 
 
 def choose(folder: Path) -> None:
-    """Use the fabric in ``folder``, as its host, instead of the context of this process."""
+    """Use the fabric in ``folder``, as a program of its host, for the rest of this process.
+
+    Without a call, commands use the context that this process belongs to.
+    """
     global _chosen
     _chosen = True
     # In the environment, so that child processes use it, too; absolute, because their working
@@ -36,14 +39,15 @@ def choose(folder: Path) -> None:
 
 
 def assigned_context() -> Attachment | None:
-    """Return the context that this process was put into; None without one, or with ``--dir``."""
+    """Return the context that this process was put into, or None; None also with ``--dir``."""
     return None if _chosen else assigned()
 
 
 def own_context() -> ContextHandle:
-    """Return the context of this process, as a program started in its place would find it.
+    """Return the context that a program started instead of this command would use.
 
-    Raises OSError, and PermissionError if another user owns the folder.
+    Raises OSError if ``VSOCKETS_TRANSPORT`` is invalid, PermissionError if another user owns the
+    fabric's folder.
     """
     if not _chosen:
         return current()
@@ -54,10 +58,10 @@ def own_context() -> ContextHandle:
 
 
 def lasting_context(needed: bool = True) -> ContextHandle:
-    """Return :func:`own_context` for a long-running program.
+    """Return :func:`own_context` for a program that runs for long.
 
-    If vsockd is ``needed`` and may be started, it is started now.  Later this program does not
-    start it again: it does not know with which configuration.
+    If vsockd is ``needed`` and may be started, it is started now.  The program does not start it
+    again later, because it does not know with which configuration.
     """
     place = own_context()
     if not isinstance(place, Attachment):
@@ -95,11 +99,12 @@ def administrator(start: bool = False) -> Control:
 def keep_trying(
     attempt: Callable[[], _Result], seconds: float | None, errnos: Collection[int]
 ) -> _Result:
-    """Call ``attempt`` until it raises no OSError of ``errnos``, for at most ``seconds``.
+    """Call ``attempt`` until it succeeds, for at most ``seconds``, and return its result.
 
-    None retries without a limit, 0 does not retry.
+    Only an OSError with one of ``errnos`` causes another attempt.  ``seconds`` is None for no
+    limit, 0 for a single attempt.
 
-    Raises the last OSError.
+    Raises the OSError of the last attempt.
     """
     backoff = Backoff()
     while True:

@@ -189,7 +189,7 @@ def rm(cid: int) -> None:
 
 
 def report_left(answer: dict[str, Any]) -> None:
-    """Report the streams that vsockd could not close, and exit with status 1 if there are any."""
+    """Report the streams that vsockd could not close, and exit with 1 if there are any."""
     for stream in answer["streams_left"]:
         complain(
             "stream {}:{} to {}:{} is still open: ".format(*stream["local"], *stream["peer"])
@@ -262,7 +262,7 @@ def _read_address(text: str) -> tuple[int, int]:
 def disconnect(local: tuple[int, int], peer: tuple[int, int]) -> None:
     """Close the stream between two addresses.  Their order does not matter.
 
-    Both ends see what they see when a guest is suspended; vsockd logs the user who asked.
+    Both ends see the same as when a guest is suspended; vsockd logs the user who asked.
     """
     with administrator() as control:
         report_left(control.disconnect(local, peer))

@@ -1,4 +1,4 @@
-"""``vsock device``: serve the vSockets device of a virtual machine, one process each."""
+"""``vsock device``: the vSockets device of a virtual machine, a process for each."""
 
 from __future__ import annotations
 
@@ -146,9 +146,9 @@ def virtio(path: Path, **common: Any) -> None:
 def hybrid(path: Path, wait: float, **common: Any) -> None:
     """Attach a virtual machine whose vsock is a unix socket: hybrid vsock (docs/hybrid.md).
 
-    Firecracker and Cloud Hypervisor call PATH uds_path and socket, vhost-device-vsock uds-path.
-    PATH_PORT exists for each port that a program of the host listens on and the guest may reach.
-    The machine may be started before or after this command.
+    PATH is Firecracker's uds_path, Cloud Hypervisor's socket, vhost-device-vsock's uds-path.  For
+    each port of the host that the guest may reach and a program listens on there is a socket
+    PATH_PORT.  The machine may be started before or after this command.
     """
     from .._linux.rlimit import allow_many_descriptors
     from ..devices.hybrid import HybridMachine
@@ -183,7 +183,7 @@ class _Attached(NamedTuple):
 def _listen(file: SocketFile) -> socket.socket:
     """Return the socket that the virtual machine's monitor connects to.
 
-    Raises OSError, with the name of the file.
+    Raises OSError, with the name of the file, if it cannot be bound.
     """
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
     try:
@@ -216,7 +216,7 @@ def _serve(
     """Attach a device to the context ``cid`` and run it; ``begin`` builds the device.
 
     ``ready`` is the line logged once the device can be connected to.  ``file`` is the unix socket
-    that ``begin`` creates; it is removed at the end.  ``datagrams`` and ``seqpacket`` tell whether
+    that ``begin`` creates, to be removed at the end.  ``datagrams`` and ``seqpacket`` are True if
     the guest has these socket types besides streams.  With ``host_ports`` the device has a unix
     socket for each port of the host, in a folder owned by the uid ``user``.
     """

@@ -1,6 +1,6 @@
-"""``vsock doctor``: check what this machine supports, and name what to install.
+"""``vsock doctor``: what this machine supports, and what to install.
 
-No check changes anything.  None opens an AF_VSOCK socket or ``/dev/vsock``: that would load kernel
+No check changes anything, or opens an AF_VSOCK socket or ``/dev/vsock``: that would load kernel
 modules.
 """
 
@@ -136,7 +136,7 @@ def fabric() -> Finding:
 
 
 def python() -> Finding:
-    """Name the versions of the interpreter and of the command line's libraries."""
+    """Name the versions of the interpreter, and of the libraries of the command line."""
     compiled = "has" if hasattr(stdlib, "AF_VSOCK") else "lacks"
     libraries = ", ".join(f"{name} {version(name)}" for name in ("click", "rich"))
     detail = f"{platform.python_version()}, socket {compiled} AF_VSOCK; {libraries}"
@@ -261,7 +261,7 @@ def vhost_vsock() -> Finding:
 
 
 def kvm() -> Finding:
-    """Check hardware virtualization."""
+    """Check whether this user can use hardware virtualization."""
     if not os.path.exists("/dev/kvm"):
         advice = "a CPU with virtualization, nested if this is a VM"
         advice = _for_container("--device /dev/kvm", advice)
@@ -270,7 +270,7 @@ def kvm() -> Finding:
 
 
 def qemu() -> Finding:
-    """Look for a QEMU that supports each of the devices; an older one is no failure."""
+    """Look for a QEMU for each of the devices; a QEMU that is too old is no failure."""
     from ..vm.qemu import REQUIREMENTS, QemuNotFound, find
 
     found, missing = {}, {}
@@ -312,7 +312,7 @@ def virtual_machines() -> Finding:
 
 
 def fuse() -> Finding:
-    """Check file systems in user space."""
+    """Check whether this user can mount a file system in user space."""
     if not os.path.exists("/dev/fuse"):
         advice = _for_container(_FUSE_OPTIONS, "modprobe fuse")
         return Finding("FUSE", "no", "no /dev/fuse", f"{advice}; fuse3")
@@ -373,7 +373,7 @@ def _is_in_container() -> bool:
 
 
 def _for_container(option: str, otherwise: str) -> str:
-    """Return advice: ``option`` of the container's runtime in a container, and the machine's part.
+    """Return advice: the option of a container's runtime and the machine's part, or only that part.
 
     A container has no devices but those that its runtime adds.
     """
@@ -383,7 +383,7 @@ def _for_container(option: str, otherwise: str) -> str:
 
 
 def _may_mount() -> bool:
-    """Return whether this user, or a set-user-ID program of its, may mount a file system."""
+    """Return whether this user may mount a file system, itself or by a set-user-ID program."""
     with open("/proc/self/status", "rb") as file:
         status = file.read()
     if os.geteuid() == 0:

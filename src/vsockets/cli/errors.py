@@ -40,7 +40,10 @@ class CliError(Exception):
 
 
 def cli_error(doing: str, error: OSError, meanings: dict[int, str]) -> CliError:
-    """Return the CliError for an ``error`` in the operation that ``doing`` names."""
+    """Return the CliError for an OSError of an operation, such as ``connect to 3:22``.
+
+    ``doing`` names the operation.  ``meanings`` has the likely causes, by errno.
+    """
     code = error.errno or 0
     why = error.strerror or str(error)  # may be the library's, such as how to start vsockd
     if code in meanings:
@@ -50,7 +53,7 @@ def cli_error(doing: str, error: OSError, meanings: dict[int, str]) -> CliError:
 
 
 def one_line(error: Exception) -> str:
-    """Return any exception as one line."""
+    """Return the message of any exception as one line."""
     if isinstance(error, CliError):
         return str(error)
     if isinstance(error, TimeoutError) and error.strerror is None:

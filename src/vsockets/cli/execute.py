@@ -25,7 +25,7 @@ NOT_EXECUTABLE, NOT_FOUND = 126, 127
 def exec_program(program: list[str], environment: Mapping[str, str]) -> NoReturn:
     """Replace this process by ``program``, looked up on the PATH.
 
-    Raises CliError with the exit status of env(1) for the same failure.
+    Raises CliError, with the exit status that env(1) has, if the program cannot be executed.
     """
     if not program[0]:
         raise CliError("the program's name is empty", NOT_FOUND)
@@ -40,7 +40,7 @@ def exec_program(program: list[str], environment: Mapping[str, str]) -> NoReturn
 
 
 def split_command(command: str | None) -> list[str]:
-    """Return the words of an ``--exec`` command line, split as a shell would; empty for None.
+    """Return the words of the value of ``--exec``, split as a shell does; empty for None.
 
     Raises CliError if the program is missing.
     """
@@ -58,7 +58,7 @@ def split_command(command: str | None) -> list[str]:
 
 
 def environment_for(sock: socket) -> dict[str, str]:
-    """Return the environment of a command that serves ``sock``: it names the peer's address."""
+    """Return the environment of a command that serves ``sock``, with the peer's address."""
     cid, port = sock.getpeername()
     return {**os.environ, "VSOCK_PEER_CID": str(cid), "VSOCK_PEER_PORT": str(port)}
 
@@ -72,7 +72,7 @@ def exec_on_socket(command: list[str], sock: socket) -> NoReturn:
 
 
 def serve(listener: socket, accept: Callable[[], socket], command: list[str]) -> NoReturn:
-    """Run ``command`` for each connection, concurrently; never returns."""
+    """Run ``command`` for each connection, any number at a time; never return."""
     running: dict[
         int, subprocess.Popen[bytes]
     ] = {}  # by pidfd, which is readable when the process ends

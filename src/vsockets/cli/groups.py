@@ -1,4 +1,4 @@
-"""Classes of click commands whose help describes arguments and cuts no sentence off."""
+"""Classes of click commands whose help describes arguments and shows whole sentences."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import click
 
 
 class Argument(click.Argument):
-    """A positional argument with a help text, which click has from 8.5 on only."""
+    """A positional argument with a help text, which click itself has only from 8.5 on."""
 
     def __init__(self, *declarations: Any, help: str = "", **attributes: Any) -> None:
         super().__init__(*declarations, **attributes)
@@ -30,7 +30,7 @@ class Command(click.Command):
     """A command whose help lists its arguments before its options."""
 
     def format_arguments(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """Write nothing: ``format_options`` writes the arguments, with every version of click."""
+        """Write nothing: in every version of click, :meth:`format_options` writes the arguments."""
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Write a section of the arguments that have a help text, and one of the options."""

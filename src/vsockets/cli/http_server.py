@@ -1,10 +1,10 @@
 """A small HTTP server for local pages and metrics, on asyncio and h11.
 
-Each connection carries one request, so that there is neither pipelining nor state between
-requests.  Clients may be hostile: the whole request has a time limit and a size limit, however
-slowly it arrives, and each piece of the response has a time limit.  The number of connections is
-limited; a new one aborts the oldest, so that no client locks others out.  Clients with a session
-are counted separately from those without.
+Each connection carries one request, so that there is neither pipelining nor state between requests.
+Clients may be hostile: there is a limit for the time and for the size of a whole request, and for
+the time to send each piece of a response.  The number of connections is limited; a new one aborts
+the oldest, so that no client locks others out.  Clients with a session are counted separately from
+those without.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ class HttpServer:
         self._with_session: dict[asyncio.StreamWriter, None] = {}
 
     async def serve(self) -> None:
-        """Serve until cancelled."""
+        """Serve clients until this coroutine is cancelled."""
         server = await asyncio.start_server(
             self._admit, sock=self._listener, backlog=HTTP_ACCEPTS_PER_TURN_MAX
         )
@@ -197,7 +197,7 @@ async def _send(
 async def _write(writer: asyncio.StreamWriter, data: bytes | None) -> None:
     """Write ``data`` and wait until the client has taken it.
 
-    Raises OSError if the client has disconnected, TimeoutError if it does not read.
+    Raises OSError if the client has disconnected, TimeoutError if the client does not read.
     """
     writer.write(data or b"")
     async with asyncio.timeout(HTTP_WRITE_TIMEOUT_SECONDS):

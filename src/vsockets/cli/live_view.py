@@ -56,7 +56,7 @@ def require_terminal(option: str) -> None:
 
 
 def show(view: View, interval: float) -> None:
-    """Show ``view`` until q or Ctrl-C."""
+    """Show ``view`` on the terminal, updated every ``interval`` seconds, until q or Ctrl-C."""
     from rich.console import Console
     from rich.live import Live
 

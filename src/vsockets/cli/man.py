@@ -1,4 +1,4 @@
-"""``vsock man``: write manual pages, generated from the commands themselves."""
+"""``vsock man``: manual pages, generated from the commands themselves."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def _pages_of(
 
 
 def _page_of_parser(parser: argparse.ArgumentParser) -> _Page:
-    """Return the page of a program that uses argparse."""
+    """Return the page of vsockd, whose options are those of an argparse parser."""
     formatter = argparse.HelpFormatter(parser.prog)
     options = [
         (formatter._format_action_invocation(action), (action.help or "") % vars(action))
@@ -91,7 +91,7 @@ def _page_of_parser(parser: argparse.ArgumentParser) -> _Page:
 
 
 def _roff(page: _Page) -> str:
-    """Return the page in the macros of man(7)."""
+    """Return the text of a page with the macros of man(7)."""
     summary = first_sentence(page.text).rstrip(".")
     lines = [
         f'.TH "{page.name.upper()}" "{page.section}" "" "vsockets" "vSockets"',

@@ -95,9 +95,9 @@ async def _answer(request: Request) -> Response:
 def exposition(status: Mapping[str, Any], counts: Mapping[str, Any]) -> str:
     """Return the metrics as text.
 
-    Guests that come and go create no time series: contexts that last as long as a lease are
-    counted together as ``context="leased"``, those that have ended included.  Of the other
-    contexts the first METRICS_CONTEXTS_MAX have metrics of their own;
+    A guest that is started and removed again causes no time series of its own: all contexts that
+    last as long as a lease are counted together as ``context="leased"``, those that have ended
+    included.  Of the other contexts the first METRICS_CONTEXTS_MAX have metrics of their own;
     ``vsock_contexts_left_out`` counts the rest.
     """
     lines: list[str] = []

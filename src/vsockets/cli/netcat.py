@@ -1,4 +1,4 @@
-"""``vsock connect`` and ``vsock listen``: for vSockets what ``nc`` is for TCP."""
+"""``vsock connect`` and ``vsock listen``: for vSockets what ``nc`` does for TCP."""
 
 from __future__ import annotations
 
@@ -269,7 +269,7 @@ def _connected(
 
 
 def _transport() -> str:
-    """Return the end of a message that names the transport, if it is the kernel's AF_VSOCK."""
+    """Return the end of a message that names the transport if it is the kernel's; else nothing."""
     return ", the kernel's AF_VSOCK" if isinstance(own_context(), KernelContext) else ""
 
 

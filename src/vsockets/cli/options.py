@@ -18,7 +18,7 @@ Decorator = Callable[[_Function], _Function]
 
 
 def parser_of(parse: Callable[[str], Any]) -> Callable[[str], Any]:
-    """Return ``parse`` as a click type: its ValueError becomes a usage error with its text."""
+    """Return ``parse`` as a click type: its ValueErrors become usage errors with the same text."""
 
     def read(text: str) -> Any:
         try:
@@ -56,7 +56,10 @@ def _read_peer_rule(text: str) -> Any:
 
 
 def members(kind: type[Enum]) -> dict[str, Any]:
-    """Return the ``type`` and ``callback`` of a parameter whose values are members of ``kind``."""
+    """Return arguments of click.option() for a parameter whose values are members of ``kind``.
+
+    The result has the keys ``type`` and ``callback``.  Users write a member's value.
+    """
 
     def convert(context: click.Context, parameter: click.Parameter, value: Any) -> Any:
         if isinstance(value, tuple):
@@ -67,7 +70,7 @@ def members(kind: type[Enum]) -> dict[str, Any]:
 
 
 def argument(name: str, **attributes: Any) -> Decorator[Any]:
-    """Declare a positional argument; ``help`` describes it."""
+    """Declare a positional argument; the attribute ``help`` describes it."""
     return click.argument(name, cls=Argument, **attributes)
 
 
@@ -166,7 +169,10 @@ def require_private(where: Locator) -> None:
 
 
 def is_loopback(where: Locator) -> bool:
-    """Return whether ``where`` is a numeric loopback address of TCP; names can be reassigned."""
+    """Return whether ``where`` is TCP on a numeric loopback address.
+
+    A name, such as localhost, may be given another address.
+    """
     import ipaddress  # imported here: most commands do not need it
 
     try:

@@ -40,7 +40,7 @@ class Column(NamedTuple):
 
 
 def complain(text: str) -> None:
-    """Print an error on standard error, in one line."""
+    """Print an error message on standard error, in one line that begins with ``vsock:``."""
     print(f"vsock: {printable(' '.join(text.split()))}", file=sys.stderr, flush=True)
 
 
@@ -68,7 +68,10 @@ def print_table(columns: Sequence[Column], rows: Iterable[Sequence[object]]) -> 
 
 
 def make_table(columns: Sequence[Column], rows: Iterable[Sequence[object]], width: int) -> Table:
-    """Return a ``rich`` table of at most ``width`` characters; cells as in :func:`print_table`."""
+    """Return a ``rich`` table of at most ``width`` characters.
+
+    Cells pass through :func:`vsockets.model.text.printable`, as in :func:`print_table`.
+    """
     from rich.cells import cell_len
     from rich.table import Table
     from rich.text import Text
@@ -105,7 +108,7 @@ def make_table(columns: Sequence[Column], rows: Iterable[Sequence[object]], widt
 
 
 def _fit(laid: Sequence[tuple[Column, list[Any], int]], width: int) -> list[int]:
-    """Return the width of each column, 0 for an omitted one."""
+    """Return the width of each column in characters, 0 for an omitted one."""
     widths = [natural for _, _, natural in laid]
     # The least width of a column: prose is wrapped at 12 characters or more.
     needed = [

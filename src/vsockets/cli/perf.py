@@ -45,7 +45,7 @@ def perf() -> None:
 
 
 class Test(StrEnum):
-    """Tests; the last two are for datagram addresses, the others for streams."""
+    """Names of tests: the last two are for datagram addresses, the others for streams."""
 
     SEND = "send"
     RECEIVE = "receive"
@@ -218,7 +218,7 @@ def _take_turns(
 
 @contextlib.contextmanager
 def _served_here() -> Iterator[list[Locator]]:
-    """Run a server in a child process and yield its addresses."""
+    """Run a server in a child process during the with block, and yield its addresses."""
     with tempfile.TemporaryDirectory(prefix="vsock-", dir="/tmp") as folder:
         process = subprocess.Popen(
             [sys.executable, "-m", "vsockets.cli", "perf", "serve"]

@@ -86,9 +86,9 @@ class Peer:
 class StreamRelay:
     """A relay between standard input and output and any number of streams.
 
-    ``idle`` is the longest silence of a stream in both directions, ``quit_after`` its longest
-    life after it was half-closed; both in seconds.  New streams are accepted from ``listener`` by
-    ``accept``; with a listener, a stream that fails is logged and does not end the relay.
+    A stream ends after ``idle`` seconds of silence in both directions, and ``quit_after`` seconds
+    after it was half-closed.  New streams are accepted from ``listener`` by ``accept``; with a
+    listener, a stream that fails is logged and does not end the relay.
     """
 
     def __init__(
@@ -239,11 +239,13 @@ class StreamRelay:
 class DatagramRelay:
     """A relay between standard input and output and one datagram socket, made by ``bind``.
 
-    ``bind`` is called again with the last socket's address after a restart of vsockd.  With
+    After a restart of vsockd ``bind`` is called again, with the last socket's address.  With
     ``peer``, datagrams of other sources are dropped; without, the peer is the source of the last
-    datagram.  ``idle`` is the longest silence and ``quit_after`` the time after the end of
-    standard input until the relay ends, ``wait`` the time to retry while the peer does not
-    exist (None: no limit); all are in seconds.
+    datagram.
+
+    All times are in seconds.  The relay ends after ``idle`` of silence, and ``quit_after`` after
+    the end of standard input.  Sending to a peer that does not exist is retried for ``wait`` (None:
+    without a limit).
     """
 
     def __init__(
@@ -364,6 +366,6 @@ class DatagramRelay:
         self._last_active = time.monotonic()
 
     def _globally(self, address: Address) -> Address:
-        """Return ``address`` with this context's own CID in place of VMADDR_CID_LOCAL."""
+        """Return ``address`` with this context's own CID if it has VMADDR_CID_LOCAL."""
         cid, port = address
         return (self._context.cid if cid == VMADDR_CID_LOCAL else cid), port

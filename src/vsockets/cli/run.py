@@ -122,7 +122,7 @@ def run_here(
 
     ``keeper`` and ``lifeline`` are those of :func:`..supervisor.launch.launch`.
 
-    Raises CliError, and OSError if vsockd does not serve.
+    Raises CliError if the program cannot be run, OSError if vsockd does not serve.
     """
     # Imported late: only this command needs them.
     from ..supervisor.launch import launch
@@ -194,11 +194,11 @@ def environment(folder: str | Path) -> dict[str, str]:
 def context_of(
     control: Control, cid: int | None, name: str, reserved_ports: bool = False
 ) -> dict[str, Any]:
-    """Return the context to run something in, and create it if need be.
+    """Return the row of the context to run something in; create the context if need be.
 
-    ``leased`` in the result tells whether ``control`` has a lease of it.
+    ``leased`` in the result is True if ``control`` has a lease of the context.
 
-    Raises CliError if it exists without the ``reserved_ports`` that are asked for.
+    Raises CliError if the context exists without ``reserved_ports``, and they are asked for.
     """
     while True:
         try:

@@ -27,15 +27,15 @@ class Owner(NamedTuple):
 
 
 class Owners:
-    """A cache of the sockets that processes have open."""
+    """The owners of sockets, with a cache of what each process has open."""
 
     def __init__(self) -> None:
         self._by_inode: dict[int, dict[int, _Process]] = {}  # by the pid that vsockd knows
 
     def find(self, pid: int, uid: int, inode: int | None) -> Owner:
-        """Return the process among ``pid`` and its descendants that has the socket open.
+        """Return the process among ``pid`` and its descendants that has the socket ``inode`` open.
 
-        The default is ``pid`` itself, with ``uid``.
+        If none has, the result is ``pid`` itself, with ``uid``.
         """
         if inode:
             if pid not in self._by_inode:
@@ -60,9 +60,9 @@ class _Process(NamedTuple):
 
 
 def _owners_below(pid: int) -> dict[int, _Process]:
-    """Return the owners of all sockets of a process and its descendants, by inode.
+    """Return the owners of all sockets of a process and its descendants, by the sockets' inodes.
 
-    Of several owners the one nearest to the process counts.
+    If several processes have a socket open, the one nearest to ``pid`` counts as its owner.
     """
     found: dict[int, _Process] = {}
     processes = [pid]

@@ -84,10 +84,10 @@ def _aligned(length: int) -> int:
 
 
 def fill_queues(rows: list[dict[str, Any]]) -> None:
-    """Set the queues of streams in rows of :meth:`vsockets.control.Control.sockets`.
+    """Set the queues of streams, in bytes, in rows of :meth:`vsockets.control.Control.sockets`.
 
-    The send queue of one end is the receive queue of the other.  It stays None where the kernel
-    has no record of the socket.
+    The send queue of one end is the receive queue of the other.  A queue stays None where the
+    kernel has no record of the socket.
     """
     try:
         known = unix_sockets()

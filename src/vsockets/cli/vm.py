@@ -191,7 +191,7 @@ def require_qmp() -> None:
 
 
 def find_qemu(device: Device, program: str | None, download: bool) -> str:
-    """Return the path of the QEMU to use.
+    """Return the path of a QEMU that supports ``device``: ``program`` if given.
 
     Raises CliError if none supports the device.
     """
@@ -221,7 +221,7 @@ def find_firmware() -> str:
 def accelerators(accel: Accelerator) -> tuple[str, ...]:
     """Return the accelerators for QEMU to try, in this order.
 
-    Raises CliError if KVM is asked for and not usable.
+    Raises CliError if KVM is asked for, and this user cannot use it.
     """
     usable = os.access("/dev/kvm", os.R_OK | os.W_OK)
     if accel is Accelerator.KVM and not usable:
@@ -342,7 +342,7 @@ def _machine(
     network: Network,
     accel: Accelerator,
 ) -> tuple[MachineOptions, int | None]:
-    """Return a machine and its CID; defaults come from the ``.vmx`` file."""
+    """Return the machine to run and its CID; the ``.vmx`` file has the defaults of the options."""
     boot = (kernel or "", initrd or "", append)
     disks = disk
     firmware = ""

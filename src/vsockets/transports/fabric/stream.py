@@ -455,9 +455,7 @@ class EstablishedSocket(StreamSocket):
         return (*_raw.recvmsg_into(self, buffers, ancbufsize, flags)[:3], None)
 
     def connect(self, address: Any) -> None:
-        """Raise OSError(EISCONN), or OSError(EINVAL) after a shutdown: a stream cannot be
-        reconnected.
-        """
+        """Raise OSError(EISCONN), or OSError(EINVAL) after a shutdown: streams are not reused."""
         check(address)
         raise error(errno.EINVAL if self._is_shut else errno.EISCONN)
 
