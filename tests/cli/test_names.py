@@ -92,7 +92,7 @@ def test_events(
 
 def test_top(vsock: Vsock, fabric: PrivateFabric, guest: Attachment) -> None:
     with Terminal(vsock.environment, "top") as terminal:
-        lines = terminal.wait_for(lambda lines: any("forged" in line for line in lines))
+        lines = terminal.wait_for(lambda lines: any("forge" in line for line in lines))
     assert not any(line.startswith("4 ") for line in lines)
 
 
@@ -104,7 +104,7 @@ def test_metrics(vsock: Vsock, guest: Attachment) -> None:
 
 
 def test_the_page() -> None:
-    message = watcher._message("happened", {"message": [EVIL], "cid": 3}, 1).decode()
+    message = watcher.encode_event("happened", {"message": [EVIL], "cid": 3}, 1).decode()
     kind, number, data, *rest = message.split("\n")
     assert (kind, number, rest) == ("event: happened", "id: 1", ["", ""])
     assert json.loads(data.removeprefix("data: ")) == {"message": [SHOWN], "cid": 3}

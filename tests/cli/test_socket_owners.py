@@ -14,7 +14,7 @@ import pytest
 
 from daemon.test_identity_processes import process_with_id
 from daemon.users import as_administrator, as_root
-from vsockets.cli.socket_owners import Owner, Owners
+from vsockets.cli.observation import Owner, Owners
 
 SCRIPT = """
 import ctypes, os, signal, sys

@@ -37,7 +37,7 @@ def test_contexts_in_top(width: int, cid: int) -> None:
     rates = dict.fromkeys(("connects", "accepts", "refusals", "denials"), 12345.6)
     row = {"cid": cid, "name": LONG_NAME, "state": "suspended", "sockets": 4096, "streams": 4096}
     row |= {"send_rate": 123456.7, "receive_rate": 0.0}
-    _, line = drawn(top._CONTEXTS, [top._context_row({**row, "rates": rates})], width)
+    _, line = drawn(top.CONTEXT_COLUMNS, [top.context_row({**row, "rates": rates})], width)
     assert line.split()[0] == str(cid)
     assert "a-virtu" in line and line.count("…") <= 1
     assert ("suspended" in line) is (width >= 80)
@@ -65,7 +65,7 @@ def test_sockets(width: int) -> None:
         "send_rate": 123456.7,
         "receive_rate": 0.0,
     }
-    _, line = drawn(ls._COLUMNS, [ls._row(row)], width)
+    _, line = drawn(ls.COLUMNS, [ls.socket_row(row)], width)
     assert line.count(address) == 2
     assert "1234567" in line
     assert "123k" in line or width < 200

@@ -11,7 +11,7 @@ import subprocess
 import pytest
 
 import vsockets
-from vsockets.cli.rates import Rates
+from vsockets.cli.observation import Rates
 from vsockets.testing import PrivateFabric
 
 from .terminal import Terminal

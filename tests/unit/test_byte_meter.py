@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from vsockets.cli.rates import with_unit
+from vsockets.cli.observation import with_unit
 from vsockets.model.byte_meter import ByteMeter, Moved
 
 

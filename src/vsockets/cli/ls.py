@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Collection
-from enum import StrEnum
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -14,35 +13,19 @@ from ..control import Control
 from .connect import administrator
 from .groups import command
 from .live_view import View, interval_option, require_terminal, show
-from .options import count_option, json_option, members, read_cid, read_port, read_user
+from .observation import Owners, bytes_per_second, fill_queues, with_unit
+from .options import count_option, json_option, read_cid, read_port, read_user
 from .output import Column, make_table, print_json, print_table, user_name
-from .rates import bytes_per_second, with_unit
-from .socket_owners import Owners
-from .unix_diag import fill_queues
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
 
-class SocketType(StrEnum):
-    """Socket types, by the fabric's names."""
+#: Types and states of sockets, as vsockd reports them.
+_TYPES = ("stream", "seqpacket", "dgram")
+_STATES = ("bound", "listening", "connecting", "established", "unconnected")
 
-    STREAM = "stream"
-    SEQPACKET = "seqpacket"
-    DATAGRAM = "dgram"
-
-
-class State(StrEnum):
-    """States of a socket."""
-
-    BOUND = "bound"
-    LISTENING = "listening"
-    CONNECTING = "connecting"
-    ESTABLISHED = "established"
-    UNCONNECTED = "unconnected"
-
-
-_COLUMNS = (
+COLUMNS = (
     Column("TYPE"),
     Column("STATE", least=9),
     Column("RECV-Q", right=True, spare=2),
@@ -69,9 +52,15 @@ _COLUMNS = (
     help="Only sockets with this port, at either end.",
 )
 @click.option(
-    "--type", "socket_type", **members(SocketType), multiple=True, help="Only sockets of this type."
+    "--type",
+    "socket_type",
+    type=click.Choice(_TYPES),
+    multiple=True,
+    help="Only sockets of this type.",
 )
-@click.option("--state", **members(State), multiple=True, help="Only sockets in this state.")
+@click.option(
+    "--state", type=click.Choice(_STATES), multiple=True, help="Only sockets in this state."
+)
 @click.option("-l", "--listening", is_flag=True, help="Same as --state listening.")
 @count_option("--pid", min=0, multiple=True, metavar="PID", help="Only sockets of this process.")
 @click.option(
@@ -87,8 +76,8 @@ _COLUMNS = (
 def ls(
     context: tuple[int, ...],
     port: tuple[int, ...],
-    socket_type: tuple[SocketType, ...],
-    state: tuple[State, ...],
+    socket_type: tuple[str, ...],
+    state: tuple[str, ...],
     listening: bool,
     pid: tuple[int, ...],
     user: tuple[int, ...],
@@ -103,12 +92,12 @@ def ls(
     the backlog.  BYTES/S is for both directions, in streams of virtual machines and of vsock
     forward; the kernel does not count the bytes of others.
     """
-    if listening and state not in ((), (State.LISTENING,)):
+    if listening and state not in ((), ("listening",)):
         raise click.UsageError("--listening and another --state exclude each other")
     wanted = Filter(
         context=context,
         type=socket_type,
-        state=(State.LISTENING,) if listening else state,
+        state=("listening",) if listening else state,
         pid=pid,
         uid=user,
         port=port,
@@ -128,7 +117,7 @@ def ls(
     if as_json:
         print_json(sockets)
         return
-    print_table(_COLUMNS, map(_row, sockets))
+    print_table(COLUMNS, map(socket_row, sockets))
     guests = [row for row in contexts if row["limits"] and (not context or row["cid"] in context)]
     if guests:
         print()
@@ -180,7 +169,7 @@ class _Sockets(View):
         from rich.text import Text
 
         title = Text(f"{len(self._rows)} sockets, {time.strftime('%H:%M:%S')}  (q: quit)")
-        return Group(title, make_table(_COLUMNS, map(_row, self._rows), width))
+        return Group(title, make_table(COLUMNS, map(socket_row, self._rows), width))
 
 
 def _print_limits(guests: list[dict[str, Any]]) -> None:
@@ -200,7 +189,8 @@ def _print_limits(guests: list[dict[str, Any]]) -> None:
     )
 
 
-def _row(socket: dict[str, Any]) -> tuple[object, ...]:
+def socket_row(socket: dict[str, Any]) -> tuple[object, ...]:
+    """Return the cells of a socket, one for each of COLUMNS."""
     return (
         socket["type"],
         socket["state"],

@@ -15,10 +15,9 @@ from ..model.text import printable
 from .connect import administrator
 from .groups import command
 from .live_view import View, interval_option, require_terminal, show
+from .observation import RISING, Rates, bytes_per_second, fill_queues, with_unit
 from .options import json_option
 from .output import Column, make_table
-from .rates import RISING, Rates, bytes_per_second, with_unit
-from .unix_diag import fill_queues
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -32,7 +31,7 @@ _ORDERS = {"i": "cid", "s": "streams", "b": "bytes", **{name[0]: name for name i
 #: Rates omitted where space is short, the last one first.
 _SPARE = {"accepts": 2, "refusals": 3, "bytes": 1}
 
-_CONTEXTS = (
+CONTEXT_COLUMNS = (
     Column("CID", right=True),
     Column("NAME", least=8),
     Column("STATE", from_width=80),
@@ -43,7 +42,7 @@ _CONTEXTS = (
         for name in (*RISING, "bytes")
     ),
 )
-_STREAMS = (
+STREAM_COLUMNS = (
     Column("FROM", least=12),
     Column("TO", least=12),
     Column("TYPE", from_width=80),
@@ -128,9 +127,9 @@ class _Top(View):
         return Group(
             Text(self._title(), no_wrap=True, overflow="ellipsis"),
             Text(f"sorted by {self._order} (i s c a r d b), q: quit", "dim", no_wrap=True),
-            make_table(_CONTEXTS, map(_context_row, rows[:contexts]), width),
+            make_table(CONTEXT_COLUMNS, map(context_row, rows[:contexts]), width),
             Text(),
-            make_table(_STREAMS, self._streams[:streams], width),
+            make_table(STREAM_COLUMNS, self._streams[:streams], width),
             Text(),
             Text("DENIALS, newest first", "bold", no_wrap=True),
             *(Text(_denial(event), no_wrap=True, overflow="ellipsis") for event in newest),
@@ -174,7 +173,8 @@ def _sum(rows: list[dict[str, Any]], queue: str) -> object:
     return sum(known) if known else "-"
 
 
-def _context_row(row: dict[str, Any]) -> tuple[object, ...]:
+def context_row(row: dict[str, Any]) -> tuple[object, ...]:
+    """Return the cells of a context, one for each of CONTEXT_COLUMNS."""
     rates = row["rates"]
     risen = [f"{rates[name]:.0f}" if rates else "-" for name in RISING]
     moved = with_unit(bytes_per_second(row))

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from vsockets.cli.limits import WEB_CONTEXTS_MAX, WEB_STREAMS_MAX
-from vsockets.cli.socket_owners import Owner
-from vsockets.cli.web.snapshot import make_snapshot
+from vsockets.cli.observation import Owner
+from vsockets.cli.web.watcher import make_snapshot
 
 STATUS = {"pid": 1, "folder": "/x", "uptime": 1.0, "streams": 3, "listeners": 1}
 

@@ -41,8 +41,7 @@ def web(listen: Any, open_browser: bool, interval: float) -> None:
     if not is_loopback(listen):
         raise click.UsageError(f"--listen {listen}: expected tcp:127.0.0.1:PORT")
     from ..http_server import serve
-    from .access import Access
-    from .site import Site
+    from .site import Access, Site
     from .watcher import Watcher
 
     watcher = Watcher(interval)
