@@ -70,7 +70,7 @@ exhaustion: .venv/ready
 test-containers: .venv/ready
 	$(BIN)/pytest tests/containers/with_podman.py --durations=10
 
-# All examples, also the one that make test leaves out: half a minute, and two the first time.
+# All examples, also those that make test leaves out: half a minute, and two minutes the first time.
 test-examples: .venv/ready
 	$(BIN)/pytest --override-ini 'python_files=test_*.py with_*.py' tests/examples --durations=20
 

@@ -28,9 +28,9 @@ def test_nitro(run_page: RunPage) -> None:
     run_page("nitro")
 
 
-def test_grpc(run_page: RunPage) -> None:
+def test_grpc_in_python(run_page: RunPage) -> None:
     pytest.importorskip("grpc", reason="needs grpcio")
-    run_page("grpc")
+    run_page("grpc", "client.py")
 
 
 def test_systemd_passes_the_socket(run_page: RunPage) -> None:

@@ -21,7 +21,7 @@ __all__ = [
     "ctypes_library",
     "ganesha",
     "go_libraries",
-    "go_ttrpc",
+    "go_rpc",
     "http2_proxy",
     "kernel",
     "qemu",
@@ -178,10 +178,10 @@ _GO = (
     "golang-github-google-go-cmp-dev",
 )
 
-_GO_TTRPC = (
-    *("golang-github-containerd-ttrpc-dev", "golang-github-gogo-protobuf-dev"),
-    *("golang-github-golang-protobuf-1-3-dev", "golang-google-genproto-dev"),
-    *("golang-google-grpc-dev", "golang-github-sirupsen-logrus-dev"),
+_GO_RPC = (
+    *("golang-google-grpc-dev", "golang-google-genproto-dev", "golang-golang-x-text-dev"),
+    *("golang-github-golang-protobuf-1-3-dev", "golang-github-gogo-protobuf-dev"),
+    *("golang-github-containerd-ttrpc-dev", "golang-github-sirupsen-logrus-dev"),
     "golang-github-pkg-errors-dev",
 )
 
@@ -195,13 +195,13 @@ def go_libraries() -> Path:
     return cached("go-libraries", fill) / "usr/share/gocode"
 
 
-def go_ttrpc() -> Path:
-    """Return the ``GOPATH`` with ttrpc and what it imports, beside :func:`go_libraries`."""
+def go_rpc() -> Path:
+    """Return the ``GOPATH`` with gRPC and ttrpc, which need :func:`go_libraries` as well."""
 
     def fill(folder: Path) -> None:
-        _STABLE.unpack(folder, *_GO_TTRPC)
+        _STABLE.unpack(folder, *_GO_RPC)
 
-    return cached("go-ttrpc", fill) / "usr/share/gocode"
+    return cached("go-rpc", fill) / "usr/share/gocode"
 
 
 #: A relative path is one from the parent of the file's folder.
