@@ -28,7 +28,7 @@ _UNMAPPED = 65_534
 
 
 def describe(error: OSError) -> str:
-    """Return what an error says, without its number, after the path of its file."""
+    """Return the text of an OSError without its number, after the path of its file."""
     text = error.strerror or str(error)
     if error.filename is None or isinstance(error.filename, int):
         return text
@@ -36,7 +36,7 @@ def describe(error: OSError) -> str:
 
 
 def shown_path(path: str | os.PathLike[str]) -> str:
-    """Return ``path`` for messages: if it leads through a descriptor, with its folder's path."""
+    """Return ``path`` for messages, with a folder's path in place of a descriptor."""
     path = os.fspath(path)
     held = re.match(r"/proc/self/fd/\d+", path)
     if held is not None:
@@ -203,7 +203,7 @@ def _require_answering(path: Path, folder: int, before: str) -> str:
     Returns the id of the mount that ``folder`` is in, as text.  The check is skipped if that is
     ``before``, the id of a mount already checked.  Nothing here sends a request to the file system.
 
-    Raises PermissionError if it is.
+    Raises PermissionError if ``folder`` is in such a file system.
     """
     mount = Path(f"/proc/self/fdinfo/{folder}").read_text().partition("mnt_id:")[2].split()[0]
     if mount != before:

@@ -20,9 +20,9 @@ def last_error() -> OSError:
 
 
 def check(result: int) -> int:
-    """Return ``result``, which a call of the C library returned.
+    """Return ``result``, the result of a function of the C library.
 
-    Raises OSError if ``result`` is negative.
+    Raises OSError with the C library's errno if ``result`` is negative.
     """
     if result < 0:
         raise last_error()

@@ -9,8 +9,8 @@ import resource
 def allow_many_descriptors() -> None:
     """Raise the soft limit of descriptors to the hard limit.
 
-    Programs that hold descriptors for every client connection call it.  The usual soft limit of
-    1024 exists for programs that call select().
+    For programs that hold descriptors for every client connection.  The usual soft limit of 1024
+    exists for programs that call select().
     """
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     with contextlib.suppress(OSError, ValueError):  # a hard limit above fs.nr_open

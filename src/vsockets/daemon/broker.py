@@ -116,7 +116,7 @@ class Broker:
         }
 
     def refresh(self) -> None:
-        """Release every socket that is closed by now."""
+        """Release every socket that has been closed."""
         self.streams.reap()
         self.datagrams.sweep()
         self._probe_holders(len(self._holders))
@@ -251,7 +251,7 @@ class Broker:
         channel.close()
 
     def _release_some(self, party: Party | None = None) -> None:
-        """Release some of what ``party`` (or all parties) closed now, the rest as deferred work."""
+        """Release some of what ``party`` (or every party) has closed; defer the rest."""
         self.streams.reap_some()
         self._probe_holders(_HOLDERS_PROBED)
         self.deferred.start(self, self._sweep_holders())

@@ -260,7 +260,10 @@ class Listener:
 
 
 def send_descriptor(sock: _socket.socket, record: bytes, fd: int) -> None:
-    """Send a record with a descriptor.  Raises OSError without space or receiver."""
+    """Send a record with a descriptor.
+
+    Raises OSError if the receiver has no space, or has closed.
+    """
     sock.sendmsg((record,), ((_SOCKET, _RIGHTS, _FD.pack(fd)),), _SEND)
 
 
@@ -292,8 +295,8 @@ def _now() -> tuple[float, int]:
 def _note_duration(party: Party, begin: tuple[float, int]) -> None:
     """Add to the time for which descriptors of ``party`` have blocked vsockd.
 
-    Only the one system call is timed that closes them: a longer period would often include other
-    programs' use of the processor.
+    Only the system call that closes the descriptors is timed: a longer period would often include
+    other programs' use of the processor.
     """
     seconds = monotonic() - begin[0]
     # A call that has not slept was long because other programs used the processor.
@@ -331,7 +334,7 @@ def receive_with_descriptor(sock: _socket.socket) -> int | None:
 def take_socket(channel: Channel, *types: int) -> Iterator[_socket.socket]:
     """Read a request with a unix socket of one of ``types`` from the channel.
 
-    Yields the socket, and closes it at the end of the context.
+    Yields the socket, and closes it at the end of the with block.
     """
     sock = _take_socket(channel, types)
     try:

@@ -43,7 +43,7 @@ _LEGACY_ONLY = ("unrestricted", "domain")
 
 
 def default_configuration_folder() -> Path:
-    """Return the configuration folder used without an explicit one.  It need not exist."""
+    """Return the configuration folder that is used by default; it need not exist."""
     configured = os.environ.get("VSOCKETS_CONFIG")
     if configured:
         return Path(configured)

@@ -84,7 +84,10 @@ class Trash:
         return self._path / f"{self._prefix}.{next(self._numbers)}"
 
     def begin(self) -> None:
-        """Start removing the contents, in a thread.  Call it after forking: threads do not fork."""
+        """Start removing the contents, in a thread.
+
+        Call it after forking, because a forked process does not have the thread.
+        """
         self._begun = True
         if self._thread is None and os.listdir(self._path):
             self._thread = threading.Thread(target=self._run, name="trash", daemon=True)
@@ -155,7 +158,7 @@ class ContextListeners:
         ``folder`` is a path through a descriptor, valid also after the state folder was moved or
         replaced.
 
-        Raises OSError when they cannot be created.
+        Raises OSError when the folder or a socket cannot be created.
         """
         self._folder = folder
         self._trash = trash

@@ -5,10 +5,11 @@ CID is added without a profile, it is ``restricted`` as the previous one was: a 
 weaken isolation.
 
 *Start.*  A program that needs vsockd and finds none starts one on demand, with the configuration of
-its own environment.  Where vsockd is normally started by a command or a service manager, that one
-would have other guests and profiles than the administrator intended, and would keep the right
-vsockd from starting.  So vsockd leaves a record in the state folder while it runs; a service's
-record remains when it is stopped, because its service manager is expected to start it again.
+its own environment.  Where vsockd is normally started by a command or a service manager, a vsockd
+started on demand would have other guests and profiles than the administrator intended, and would
+keep the right vsockd from starting.  So vsockd leaves a record in the state folder while it runs; a
+service's record remains when it is stopped, because its service manager is expected to start it
+again.
 """
 
 from __future__ import annotations

@@ -108,7 +108,7 @@ class Peer:
         return group in groups
 
     def executable(self) -> str | None:
-        """Return the path of its executable; None if it has exited or vsockd may not read it."""
+        """Return the path of the process's executable; None if vsockd cannot read the path."""
         try:
             with self._folder() as folder:
                 path = os.readlink(f"{folder}/exe")
@@ -157,7 +157,7 @@ class Peer:
 class Author(Peer):
     """A process that wrote a request on another process's connection.
 
-    The kernel attaches process, user and group id to what it writes, and nothing else.  A process
+    The kernel attaches its process, user and group ids to the request, and nothing else.  A process
     with all capabilities of root may choose those ids.
     """
 

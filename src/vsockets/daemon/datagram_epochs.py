@@ -1,12 +1,12 @@
-"""End the datagram sockets of a vsockd that has ended, in whichever processes they are open.
+"""End of the datagram sockets of a vsockd that has ended, in whichever processes they are open.
 
 A route works without vsockd and would outlive it: it would continue to show a source CID that by
 then belongs to another guest, and ignore the policy of the next vsockd.  Therefore the names of all
 sockets contain the *epoch* of the vsockd that bound them, 64 random bits.  A regular stop ends the
-sockets of its own epoch.  After a crash the next vsockd in the state folder does so, before it
-serves the first request.  Any user can open very many descriptors, so either search takes at most a
-second.  It looks first into the processes with the fewest; the rest is deferred work of the next
-vsockd (:mod:`.scheduling`).
+sockets of its own epoch.  After a crash the next vsockd in the state folder ends the old sockets,
+before it serves the first request.  Any user can open very many descriptors, so either search takes
+at most a second.  It looks first into the processes with the fewest descriptors; the rest is
+deferred work of the next vsockd (:mod:`.scheduling`).
 
 - A route is shut down: its sender gets EPIPE, and requests a route from the next vsockd.
 - A program's own socket is connected to a socket that is then closed, so that no datagram can reach

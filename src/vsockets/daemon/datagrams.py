@@ -179,7 +179,7 @@ class DatagramQuota:
         """Close one of the oldest routes, to make space for another one.
 
         Its program requests it again when needed.  A route with unread bytes is not closed: only
-        its duplicate tells when they have been read.
+        vsockd's duplicate shows when they have been read.
         """
         self.reclaim()
         for route in list(islice(self._routes, _OLDEST)):
@@ -216,7 +216,7 @@ class DatagramQuota:
         return self._limited and self._queued > self._limit
 
     def reclaim(self) -> None:
-        """Measure some of the routes with unread bytes: some of those may have been read."""
+        """Measure some of the routes with unread bytes, of which some may have been read."""
         for route in list(islice(self._unread, _ROUTES_PER_STEP)):
             self._measure(route)
 

@@ -251,7 +251,7 @@ class HandoffLink:
             self.close()
 
     def _admit(self, fd: int, data: bytes) -> None:
-        """Handle ``fd``, which came over the link with ``data`` that is no report."""
+        """Handle ``fd``, which came over the link with ``data``; ``data`` is not a report."""
         self._close_unwanted(fd)
 
     def _close_unwanted(self, fd: int) -> None:
@@ -262,7 +262,7 @@ class HandoffLink:
             self.close()
 
     def _count(self, request: Request) -> None:
-        """Store the bytes of a stream of the context, or of all its streams together."""
+        """Store the reported bytes of a stream of the context, or of all its streams together."""
         moved, now = moved_in(request), monotonic()
         local = self._context.cid, request.local_port
         if request.local_port == VMADDR_PORT_ANY:

@@ -211,7 +211,9 @@ class _Relay(HandoffLink):
 
 @contextlib.contextmanager
 def acting_as(user: int) -> Iterator[None]:
-    """Give this thread the file access rights of ``user``, without any group, in the with block.
+    """Give this thread only the file access rights of ``user`` during the with block.
+
+    The thread has none of the user's groups.
 
     Raises PermissionError if vsockd may not act as another user.
     """

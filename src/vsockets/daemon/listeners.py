@@ -104,7 +104,7 @@ class NamedListener(Listener):
         self._capacity = min(backlog, LISTEN_BACKLOG_MAX)
 
     def has_room(self) -> bool:
-        """Return whether the backlog has space, and create a token for the connection."""
+        """Return whether the backlog has space; if so, create a token for the connection."""
         if not super().has_room() or not self.is_open():
             return False
         if self._next_token is None:
@@ -173,7 +173,10 @@ class NamedListener(Listener):
 
 
 def _announcement_cost() -> int:
-    """Return what one announcement takes of the send buffer, in bytes, as the kernel accounts."""
+    """Return how many bytes of the send buffer one announcement takes.
+
+    The kernel accounts for more than the message has.
+    """
     ours, theirs = socketpair()
     with ours, theirs:
         ours.sendmsg((bytes(RECORD_SIZE),), ((SOL_SOCKET, SCM_RIGHTS, _FD.pack(ours.fileno())),))

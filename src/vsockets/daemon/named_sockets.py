@@ -48,7 +48,7 @@ class NamedSocket:
     def connect(self, sock: _socket.socket) -> None:
         """Connect ``sock`` to the program's socket.
 
-        Raises: ConnectionRefusedError, when no process has the program's socket open.
+        Raises ConnectionRefusedError when no process has the program's socket open.
         """
         sock.connect(self.path)
 

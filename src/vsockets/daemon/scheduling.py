@@ -42,7 +42,7 @@ _PAUSE = 0.001
 def run_for(task: Iterator[None], seconds: float) -> bool:
     """Do steps of ``task`` for at most ``seconds``; return whether it is complete.
 
-    Processor time counts: on a busy machine the same work is done, not less of it.
+    ``seconds`` are processor time: on a busy machine the same amount of work is done.
     """
     end = thread_time() + seconds
     return all(thread_time() < end for _ in task)
@@ -131,7 +131,7 @@ class RequestTurns:
         queue.callbacks[fd] = callback
 
     def unwatch(self, party: Party, fd: int) -> None:
-        """Stop watching ``fd``, before it is closed.  Does nothing if it is not watched."""
+        """Stop watching ``fd``, before it is closed; do nothing if it is not watched."""
         queue = self._queues.get(party)
         if queue is None or queue.callbacks.pop(fd, None) is None:
             return

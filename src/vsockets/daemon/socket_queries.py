@@ -54,9 +54,9 @@ class SocketQueries:
                 _report_size(found.peer_context, found.peer, found.local, request.size)
 
     def count(self, channel: Channel, request: Request, now: float) -> None:
-        """Store the bytes of a stream that a program has moved, such as a forwarder.
+        """Store the number of bytes that a program, such as a forwarder, has moved in a stream.
 
-        Only programs of the user who owns that end of the stream may report them, and root's.
+        Only programs of the user who owns that end of the stream, and root's, may report them.
         """
         stream, moved = self._accepted(channel, request), moved_in(request)
         if stream is not None:
@@ -102,7 +102,7 @@ class SocketQueries:
 
 
 def moved_in(request: Request) -> Moved:
-    """Return the bytes in a COUNT request."""
+    """Return the numbers of bytes in a COUNT request."""
     return Moved(request.size, request.minimum)
 
 

@@ -1,4 +1,4 @@
-"""Detect the end of handed-off streams without keeping them open.
+"""Detection of the end of handed-off streams, without keeping them open.
 
 vsockd must not keep a descriptor of a stream it brokered: the peers would never see its end.  But
 an epoll registration outlives the descriptor it was made with as long as *any* process has the
@@ -197,7 +197,7 @@ class StreamLiveness:
     def check(self, group: Group) -> None:
         """Check ``group``: end its streams whose accepting side has closed since the last check.
 
-        Costs time for each registration in the group.
+        The cost grows with the number of registrations in the group.
         """
         if self._groups.get(group.fd) is not group:
             return  # the group was closed

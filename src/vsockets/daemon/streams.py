@@ -3,16 +3,16 @@
 *Disconnecting* works without the help of the processes that have a stream open.  vsockd has no
 descriptor of a stream it brokered.  To disconnect one it finds a process that has one
 (``/proc/PID/fd`` names sockets by inode), duplicates the descriptor (``pidfd_getfd(2)``) and shuts
-the socket down in both directions.  The kernel then reports the end to both sides, in any
-process, even one that is stopped or stuck.
+the socket down in both directions.  The kernel then reports the end to both sides, in any process,
+even one that is stopped or stuck.
 
 Shutting down one end is enough.  The accepting end is searched for first, because vsockd knows its
 inode (:mod:`.stream_liveness`).  While it waits to be accepted it is in no process, and the
 connecting end is found by its cookie in the process that connected.
 
-The kernel allows this to root, and to a user for the user's own processes unless Yama restricts
-ptrace.  Containers forbid ``pidfd_getfd``.  There the process itself shuts the socket down, made to
-by ptrace(2), or a program's supervisor is asked to (:mod:`vsockets.supervisor.remote_shutdown`).
+The kernel allows root to do so, and a user for the user's own processes unless Yama restricts
+ptrace.  Containers forbid ``pidfd_getfd``.  There ptrace(2) makes the process itself shut the
+socket down, or a program's supervisor is asked to (:mod:`vsockets.supervisor.remote_shutdown`).
 
 Processes may have any number of descriptors, and there may be any number of processes.  So the
 search stops after some time and continues as deferred work (:mod:`.scheduling`).
@@ -245,7 +245,7 @@ class Disconnector:
         self._ask({tracer} if tracer else {pid, *owners}, targets)
 
     def _ask(self, supervisors: Iterable[int], targets: dict[Target, int]) -> None:
-        """Ask those of some processes that are supervisors to shut down ``targets``."""
+        """Ask the supervisors among some processes to shut down ``targets``."""
         from ..supervisor.remote_shutdown import Requests  # rarely needed
 
         if self._requests is None:
@@ -332,7 +332,7 @@ class Streams:
     # Releasing ended streams
 
     def reap(self) -> None:
-        """Release every stream that has ended by now."""
+        """Release every stream that has ended."""
         self._liveness.end_hung_up(max(1, len(self._liveness.groups())))
         for _ in self._check_all():
             pass

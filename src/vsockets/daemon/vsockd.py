@@ -106,7 +106,8 @@ class Vsockd:
 
         ``relay`` is the command that starts the hybrid relay.
 
-        Raises AlreadyRunning, ConfigurationError, OtherwiseStarted or OSError.
+        Raises AlreadyRunning, ConfigurationError, OtherwiseStarted, or OSError if the folder cannot
+        be used.
         """
         self._configuration = start.configuration
         settings = load(self._configuration)
@@ -225,7 +226,7 @@ class Vsockd:
         self.loop.stop()
 
     def stop_for_good(self) -> None:
-        """Shut down as :meth:`stop`, also a service: no service manager restarts this vsockd."""
+        """Shut down as :meth:`stop` does, so that no service manager starts this vsockd again."""
         self._is_service = False
         self.stop()
 

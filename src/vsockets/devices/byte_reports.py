@@ -28,7 +28,7 @@ class _Counted:
         self.reported = 0, 0
 
     def read(self) -> tuple[int, int]:
-        """Read the counters; return by how much they have increased."""
+        """Read the counters; return the numbers of bytes that were added since the last call."""
         sent, received = self._sample()
         more = sent - self._last[0] & _MODULUS_BITS, received - self._last[1] & _MODULUS_BITS
         self._last = sent, received

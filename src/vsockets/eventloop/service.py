@@ -1,6 +1,6 @@
 """The life of a service in an asyncio loop: ready, reload, drain, stop.
 
-SIGTERM or SIGINT starts the drain (the orderly end of connections); a second one cuts it short.
+SIGTERM or SIGINT starts the drain (the orderly end of connections); a second signal cuts it short.
 Programs that run the epoll loop of :mod:`.loop` (vsockd and the devices) have
 :meth:`.loop.EventLoop.signalled` instead.
 """
@@ -82,7 +82,7 @@ def _ignore(number: int, frame: object) -> None:
 async def wait_first(*awaitables: Awaitable[object]) -> None:
     """Return when one of ``awaitables`` is done; cancel the others.
 
-    Raises what the finished one raises.
+    Raises the exception of the awaitable that is done, if any.
     """
     tasks = [asyncio.ensure_future(one) for one in awaitables]
     try:

@@ -51,10 +51,10 @@ def require_path(source: Context, destination: Context, connecting: bool) -> Non
 
 
 def _require_neighbours(source: Context, destination: Context) -> None:
-    """Raise Denied unless the rules of ESX 4.0 to 5.0 apply to both guests and allow it.
+    """Raise Denied unless the rules of ESX 4.0 to 5.0 let these two guests communicate.
 
-    "A virtual machine could communicate with [...] other virtual machines with
-    vmci0.unrestricted set TRUE", "only with [...] other virtual machines in the same domain".
+    "A virtual machine could communicate with [...] other virtual machines with vmci0.unrestricted
+    set TRUE", "only with [...] other virtual machines in the same domain".
     """
     here, there = source.isolation, destination.isolation
     if not here.profile is there.profile is Profile.LEGACY:

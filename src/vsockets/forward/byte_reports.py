@@ -1,4 +1,4 @@
-"""Reports to vsockd of the bytes in a forwarder's streams, which it moves itself."""
+"""Reports to vsockd of the bytes that a forwarder moves in its own streams."""
 
 from __future__ import annotations
 

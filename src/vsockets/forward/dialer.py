@@ -55,7 +55,7 @@ class Resolver:
         ``kind`` is the socket type.  ``party`` identifies the client for which the name is looked
         up: the lookups of one party do not delay those of another.
 
-        Raises OSError (socket.gaierror).
+        Raises socket.gaierror, an OSError, if the name cannot be resolved.
         """
         with contextlib.suppress(OSError):  # a literal address needs no name server
             return _resolve(host, port, kind, stdlib.AI_NUMERICHOST)
@@ -155,13 +155,13 @@ class Dialer:
     ) -> stdlib.socket:
         """Return a connected, non-blocking stream socket.
 
-        An attempt takes at most ``timeout`` seconds, for each address of a host name.  Attempts
-        are repeated for ``wait`` seconds while the target is not reachable, and for ``timeout``
-        seconds while a vSockets port refuses that has accepted before: its backlog may be full.
-        ``admits`` filters the addresses of a host name, which is looked up on behalf of ``party``.
-        A program that is started (``exec:``) finds ``client``, a CID and port, in its environment.
+        An attempt takes at most ``timeout`` seconds, for each address of a host name.  Attempts are
+        repeated for ``wait`` seconds while the target is not reachable, and for ``timeout`` seconds
+        while a vSockets port refuses that has accepted before: its backlog may be full.  ``admits``
+        filters the addresses of a host name, which is looked up on behalf of ``party``.  A program
+        that is started (``exec:``) finds ``client``, a CID and port, in its environment.
 
-        Raises OSError; NotAdmitted when ``admits`` rejects all addresses.
+        Raises OSError if no attempt succeeds, NotAdmitted if ``admits`` rejects all addresses.
         """
         backoff = Backoff(jitter=True)
         while True:

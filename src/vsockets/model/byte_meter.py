@@ -1,7 +1,7 @@
 """Bytes that a process has moved in both directions of a stream, and their rates.
 
-Streams between two programs have none: their bytes pass through the kernel alone, which does not
-count them.  Devices and forwarders move the bytes themselves, and report totals to vsockd.
+Streams between two programs are not counted: their bytes pass through the kernel alone, which does
+not count them.  Devices and forwarders move the bytes themselves, and report totals to vsockd.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class Moved(NamedTuple):
         return Moved(self.sent + sent, self.received + received)
 
     def reversed(self) -> Moved:
-        """Return the same for the other end."""
+        """Return the same numbers as the other end sees them."""
         return Moved(self.received, self.sent)
 
 

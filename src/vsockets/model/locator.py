@@ -6,7 +6,7 @@
 ``vsock-mux:PATH:PORT``        a port of a guest behind a hybrid-vsock unix socket
 ``vsock-mux/PATH:PORT``        the same, as systemd-ssh-proxy writes it; by default its port 22
 ``hyperkit:DIR:CID:PORT``      an address whose unix sockets are in a folder of HyperKit's
-``vsock-emu:DIR:CID:PORT``     one in a folder of vsock-emulation-layer's
+``vsock-emu:DIR:CID:PORT``     the same in a folder of vsock-emulation-layer's
 ``tcp:HOST:PORT``              TCP; an IPv6 address stands in square brackets
 ``udp:HOST:PORT``              UDP
 ``unix:PATH``                  a unix stream socket; a leading ``@`` means the abstract name

@@ -167,7 +167,7 @@ class PerfServer:
 def receive_request(sock: stdlib.socket) -> PerfRequest:
     """Read the request of a stream.
 
-    Raises PerfProtocolError, OSError.
+    Raises PerfProtocolError if the request is invalid, OSError if the client closes the stream.
     """
     data = b""
     while len(data) < REQUEST_SIZE:

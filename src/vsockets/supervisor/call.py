@@ -103,8 +103,8 @@ class Call:
     def check(self) -> None:
         """Raise CallInterrupted unless the call still waits.
 
-        If it does, all that was read before from the process with this number came from the
-        caller, and not from another process that got its number.
+        If the call still waits, all that was read before from process ``pid`` came from the caller,
+        and not from another process that got its number.
         """
         if not self.services.interceptor.is_waiting(self.intercepted):
             raise CallInterrupted
@@ -120,11 +120,11 @@ class Call:
         return data
 
     def write(self, *pieces: Piece) -> None:
-        """Write everything that the call writes to the process's memory, at once.
+        """Write all ``pieces`` to the caller's memory, at once.
 
-        The memory is opened before the call is found to wait still.  So the bytes, however late,
-        reach the memory of the program that made the call, even if another thread executes another
-        program meanwhile.
+        The memory is opened before the supervisor checks that the call still waits.  So the bytes,
+        however late, reach the memory of the program that made the call, even if another thread
+        executes another program meanwhile.
 
         Raises OSError(EFAULT) if any byte cannot be written, CallInterrupted if the call no longer
         waits.
@@ -162,7 +162,7 @@ class Call:
         return sock
 
     def credentials(self) -> Credentials | None:
-        """Return the credentials to send requests to vsockd with; None for the supervisor's own."""
+        """Return the credentials to send with requests to vsockd; None for the supervisor's own."""
         return self.services.vsockd.sender(self._read_credentials)
 
     def _read_credentials(self) -> Credentials:
@@ -231,7 +231,7 @@ class Call:
     def create_socket(self, type_: int) -> None:
         """Give the process a new vSockets socket; ``type_`` is as for socket().
 
-        Raises CallInterrupted or OSError.
+        Raises CallInterrupted and OSError as :meth:`.Interceptor.answer_with_descriptor`.
         """
         plain = type_ & ~_TYPE_FLAGS
         sockets = self.services.sockets
@@ -246,14 +246,14 @@ class Call:
     def answer_with_socket(self, sock: _socket.socket, endpoint: Endpoint, flags: int) -> None:
         """Give the process a copy of ``sock``; ``flags`` are accept4()'s.
 
-        Raises CallInterrupted or OSError.
+        Raises CallInterrupted and OSError as :meth:`.Interceptor.answer_with_descriptor`.
         """
         self._answer_with(sock.fileno(), bool(flags & SOCK_CLOEXEC), endpoint.served)
 
     def answer_with_descriptor(self, fd: int, close_on_exec: bool) -> None:
         """Give the process a copy of ``fd``, and let the call return its number.
 
-        Raises CallInterrupted or OSError.
+        Raises CallInterrupted and OSError as :meth:`.Interceptor.answer_with_descriptor`.
         """
         self._answer_with(fd, close_on_exec, None)
 

@@ -121,17 +121,17 @@ class Numbers(NamedTuple):
 
 
 class Served(Enum):
-    """Classes of sockets whose data calls are served, and intercepted by descriptor numbers."""
+    """Classes of sockets whose data calls the supervisor serves, by intercepted descriptors."""
 
     DATAGRAM = "datagram"
     PACKET = "packet"
 
 
 def may_be_opened(device: str = "/dev/vsock") -> bool:
-    """Return whether the machine has the device, with read and write permission for all.
+    """Return whether the machine has ``/dev/vsock``, with read and write permission for all users.
 
-    If so, the kernel may open it for a program: its only use is by the ioctls that are intercepted
-    on every descriptor.
+    If so, the kernel may open the device for a program: it is only used by ioctls, which are
+    intercepted on every descriptor.
     """
     try:
         mode = os.stat(device).st_mode
@@ -270,7 +270,8 @@ def _assemble_rule(rule: Rule) -> list[bytes]:
 def _steps(condition: When) -> Iterator[tuple[int, int, bool, bool]]:
     """Yield the instructions of a condition, each with its constant and two flags.
 
-    The flags: whether the condition holds if the comparison does, and whether it is the last one.
+    The flags tell whether the condition holds if the comparison does, and whether the instruction
+    is the last one.
     """
     low = ARGUMENTS + 8 * condition.argument
     code, holds_if = {

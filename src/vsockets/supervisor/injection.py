@@ -1,6 +1,6 @@
 """System calls that stopped threads of other processes make for the supervisor.
 
-Everything here is synchronous: the supervisor waits for the thread.  That is short, because an
+Everything here is synchronous: the supervisor waits for the thread.  The wait is short, because an
 injected call never blocks: it is about memory, or about a unix socket that nothing waits for.
 
 A thread stops for the supervisor at one of these places; ``-->`` is a method of :class:`Injector`::
@@ -21,7 +21,8 @@ A thread stops for the supervisor at one of these places; ``-->`` is a method of
     AT_STOP                      --> go_on       runs
 
 From the first injected call until the thread runs again its signals are blocked.  SIGSYS and
-SIGTRAP are not, because the kernel takes a program's handler away when one that is blocked is due.
+SIGTRAP are not: if the kernel has to raise one of them while it is blocked, it removes the
+program's handler.
 """
 
 from __future__ import annotations
@@ -116,9 +117,10 @@ class StoppedThread:
         self.is_group_stopped = False  #: a signal has stopped its process meanwhile
 
     def may_step(self) -> bool:
-        """Return whether SIGTRAP may stop the thread: not where its program may ignore SIGTRAP.
+        """Return whether the supervisor may stop the thread by a SIGTRAP of the kernel.
 
-        The kernel ends that, since it cannot ignore a signal that it raises itself.
+        It may not where the program may ignore SIGTRAP: the kernel would reset that, because a
+        signal that it raises itself cannot be ignored.
         """
         return False
 
@@ -148,7 +150,7 @@ class Injector:
     def stopped_at_trap(self, thread: StoppedThread, call: SystemCall) -> bool:
         """Note that a thread has stopped with the SIGSYS of ``call``.
 
-        Returns False if the program has sent itself that signal without making the call.
+        Returns False if the program has sent that signal to itself, without making a call.
         """
         registers = self._ptrace.registers(thread.number)
         if registers.instruction != call.instruction:
@@ -279,7 +281,7 @@ class Injector:
     # Going on
 
     def answer(self, thread: StoppedThread, value: int) -> None:
-        """Let the call that a thread has stopped at return ``value``, without being done."""
+        """Let the call that a thread has stopped at return ``value``, instead of performing it."""
         registers = thread.saved or self._registers(thread)
         registers.entered = -1
         registers.result = value
@@ -287,7 +289,7 @@ class Injector:
         self._release(thread)
 
     def let_through(self, thread: StoppedThread) -> None:
-        """Let the kernel do the call that a thread has stopped at."""
+        """Let the kernel perform the call that a thread has stopped at."""
         if thread.place is not Place.AT_CALL:
             self._return_to_call(thread)
         self._release(thread)
@@ -310,7 +312,10 @@ class Injector:
         self._send_held(thread)
 
     def rouse(self, thread: StoppedThread) -> None:
-        """Stop a thread that sleeps.  It gets a signal that has woken it when it runs again."""
+        """Stop a thread that sleeps.
+
+        If a signal has woken the thread, it is delivered when the thread runs again.
+        """
         self._request(self._ptrace.interrupt, thread)
         while self._next_stop(thread).event is not Event.SYSTEM_CALL:
             self._request(self._ptrace.resume_to_call, thread)

@@ -1,7 +1,8 @@
 """The interface between a mechanism that intercepts system calls and the handlers of the calls.
 
 An *interceptor* holds a thread at a system call and delivers the call to the supervisor, whose
-handler then answers it through the same interceptor.  Handlers do not know which one that is.
+handler then answers it through the same interceptor.  Handlers do not know which interceptor that
+is.
 
 Methods do not wait, unless they are coroutines: between two ``await`` a handler relies on no other
 handler running.
@@ -91,7 +92,8 @@ class Interceptor(Protocol):
     def is_waiting(self, call: InterceptedCall) -> bool:
         """Return whether a call still waits.
 
-        If so, all that was read from the process with its number came from the caller.
+        If so, all that was read before from the process with the caller's number came from the
+        caller.
         """
 
     def answer(self, call: InterceptedCall, value: int) -> None:
@@ -101,9 +103,10 @@ class Interceptor(Protocol):
         """
 
     def conclude(self, call: InterceptedCall, value: int) -> None:
-        """Answer a call that has taken effect: a signal must not cause it to be served twice.
+        """Answer a call that has taken effect and must not be served a second time.
 
-        If the thread is interrupted before it has ``value``, it gets it by repeating the call.
+        If a signal interrupts the thread before it has ``value``, it gets ``value`` when it repeats
+        the call.
         """
 
     def let_through(self, call: InterceptedCall) -> None:
@@ -166,7 +169,7 @@ class Interceptor(Protocol):
         interruption: Interruption,
         interrupted: Callable[[], None],
     ) -> None:
-        """Let a thread wait while its call's handler does.
+        """Let a thread wait while the handler of its call waits.
 
         ``interrupted`` is called once if a signal ends the call before :meth:`resume`.
         """
@@ -174,7 +177,7 @@ class Interceptor(Protocol):
     def resume(self, call: InterceptedCall, run: Callable[[], None]) -> bool:
         """End :meth:`suspend`; return whether the call's handler may run now.
 
-        If False, ``run`` is called when it may, or ``interrupted`` of :meth:`suspend`.
+        If False, ``run`` is called when the handler may run, or ``interrupted`` of :meth:`suspend`.
         """
 
     # The programs
@@ -182,14 +185,14 @@ class Interceptor(Protocol):
     def begin(self, pid: int) -> None:
         """Attach to the first process, which has its filter and waits in a system call.
 
-        Raises OSError: the program cannot be started.
+        Raises OSError if that is not possible: the program cannot be started.
         """
 
     async def intercept_inherited(self, pid: int, data_calls: Served, numbers: list[int]) -> None:
         """Intercept data calls on sockets that the first process has inherited."""
 
     def on_wait_status(self, pid: int, status: int) -> bool:
-        """Take what waitpid() reports; return False if it does not concern interception alone."""
+        """Handle a wait status of waitpid(); return False if the caller has to handle it, too."""
 
     #: Wait statuses that the interceptor has waited for, each to be handled like one that waitpid()
     #: reports, and before those.

@@ -156,9 +156,9 @@ def launch(
 
 
 class _Program:
-    """The program's first process, seen from the supervisor, its parent.
+    """The program's first process, as its parent, the supervisor, sees it.
 
-    With ``ends_all``, its end and that of the front are followed by :meth:`end_all`.
+    With ``ends_all``, the end of the process or of the front is followed by :meth:`end_all`.
     """
 
     def __init__(self, pid: int, front: socket.socket, ends_all: bool) -> None:
@@ -210,10 +210,10 @@ class _Program:
             self.end_all()
 
     def end_all(self) -> None:
-        """Kill all processes of the program, and those that they leave, as they come here.
+        """Kill all processes of the program, and the orphans that they leave.
 
-        The front hears of the end when the last one has ended.  Until then calls are answered: a
-        process that is not killed yet sees no difference.
+        The front gets the wait status when the last process has ended.  Until then calls are
+        answered: a process that is not killed yet sees no difference.
         """
         self._is_ending = True
         is_left = False
@@ -245,7 +245,7 @@ class _Program:
         self._interceptor = interceptor
 
     def on_group_stop(self, pid: int) -> None:
-        """Tell the front that a process is stopped, if it is the program's first."""
+        """Report to the front that a process is stopped, if it is the program's first."""
         if pid == self.pid:
             self._stopped = True
             self.report(STOPPED, 0)
@@ -344,7 +344,7 @@ def follow_program(channel: socket.socket, group: int, keeper: Keeper | None = N
 
     ``channel`` leads to the program's parent, and ``group`` is that process's group.  With a
     ``keeper``, all other children of this process are killed when the program or the keeper has
-    ended, and the keeper has the last word on the exit status.
+    ended, and the keeper decides on the exit status.
     """
     wakeups, wakeup = socket.socketpair()
     wakeups.setblocking(False)
@@ -386,7 +386,7 @@ def follow_program(channel: socket.socket, group: int, keeper: Keeper | None = N
 
 
 def _follow(channel: socket.socket, group: int, kind: bytes, status: int) -> None:
-    """Follow the program, as the supervisor reports: end, stop, or leave its process group."""
+    """Handle a report of the supervisor: end as the program, stop, or leave the program's group."""
     if kind == ENDED:
         _end_like(status)
     elif kind == STOPPED:

@@ -1,8 +1,8 @@
 """The choice of a mechanism by which ``vsock run`` intercepts system calls.
 
-Notification (:mod:`.notification`) needs a seccomp filter whose answer counts, and a container's
-own filter that refuses AF_VSOCK has the stricter one.  Tracing (:mod:`.trace_interceptor`) works
-below such a filter too, and excludes other tracers (gdb, strace).
+Of several seccomp filters the strictest answer counts.  If a container's own filter refuses
+AF_VSOCK, notification (:mod:`.notification`) is therefore not possible.  Tracing
+(:mod:`.trace_interceptor`) works below such a filter too, and excludes other tracers (gdb, strace).
 """
 
 from __future__ import annotations

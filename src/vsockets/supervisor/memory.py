@@ -64,7 +64,7 @@ class Message(NamedTuple):
     def fill(self, data: bytes) -> list[Piece]:
         """Return pieces, each ``(address, bytes)``, that write ``data`` to the buffers.
 
-        What exceeds the size of the buffers is left out.
+        Data in excess of the buffers' size is left out.
         """
         pieces: list[Piece] = []
         done = 0

@@ -105,9 +105,9 @@ class Listener:
         return self._fd
 
     def receive(self) -> InterceptedCall:
-        """Return the next call; blocks until one comes.
+        """Return the next call; block until there is one.
 
-        Raises CallInterrupted if it was interrupted since the listener was readable.
+        Raises CallInterrupted if a signal has interrupted the call since the listener was readable.
         """
         self._buffer[:] = self._empty  # the kernel requires zeros
         try:
@@ -171,7 +171,7 @@ class Listener:
 
 
 class _KeptAnswer(NamedTuple):
-    """An answer kept for a thread that may repeat the call, because a signal came before it."""
+    """An answer kept for a thread that may repeat the call, because a signal came first."""
 
     call: InterceptedCall
     value: int
@@ -296,10 +296,11 @@ class NotificationInterceptor:
         return _KeptAnswer(call, value, time.monotonic() + SUPERVISOR_SIGNAL_WAIT_SECONDS)
 
     def _give(self, answer: _KeptAnswer) -> None:
-        """Answer a call, once its thread has taken its signals.
+        """Answer a call, once the signals of its thread have been delivered.
 
         The kernel accepts an answer also after a signal has woken the thread, and drops it then:
-        the thread repeats the call although the supervisor was told that it has the answer.
+        the thread repeats the call, although the kernel has reported to the supervisor that it has
+        the answer.
         """
         call = answer.call
         if not self._processes.has_signal(call.pid) or time.monotonic() >= answer.deadline:
@@ -353,7 +354,7 @@ class NotificationInterceptor:
     def answer_with_descriptor(
         self, call: InterceptedCall, fd: int, close_on_exec: bool, data_calls: Served | None
     ) -> None:
-        """Give the process a copy of ``fd``, and trace it from then on for ``data_calls``."""
+        """Give the process a copy of ``fd``; for ``data_calls``, trace the process from then on."""
         if data_calls is None or not self._may_trace(call, data_calls, is_new=True):
             self._listener.answer_with_descriptor(call.id, fd, close_on_exec)
             return

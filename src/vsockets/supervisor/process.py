@@ -51,7 +51,7 @@ class _Vector(ctypes.Structure):
 
 
 class Processes:
-    """Access to supervised processes, each by the number of any of its threads."""
+    """Access to supervised processes, each identified by the number of any of its threads."""
 
     def __init__(self, machine: Architecture) -> None:
         self._machine = machine
@@ -71,7 +71,10 @@ class Processes:
     # Memory
 
     def check_access(self) -> None:
-        """Read memory of this process.  Raises OSError if a filter forbids the call that does."""
+        """Read memory of this process, to check that reading is permitted.
+
+        Raises OSError if a filter forbids the system call.
+        """
         self.read(os.getpid(), ctypes.addressof(self._glance), _GLANCE)
 
     def read(self, pid: int, address: int, size: int) -> bytes:
@@ -172,7 +175,7 @@ class Processes:
             return ""
 
     def numbers_of(self, pid: int, inode: int) -> list[int]:
-        """Return the numbers of a process's descriptors of the socket with this inode."""
+        """Return the numbers of a process's descriptors for the socket with this inode."""
         link = f"socket:[{inode}]"
         try:
             numbers = sorted(map(int, os.listdir(f"/proc/{pid}/fd")))
@@ -207,7 +210,7 @@ class Processes:
     def _pidfd(self, pid: int) -> tuple[int, bool]:
         """Return a pidfd of a thread, and whether it is kept for later calls.
 
-        The caller closes one that is not kept.
+        The caller closes a pidfd that is not kept.
         """
         kept = self._pidfds.get(pid)
         if kept is not None:
@@ -231,7 +234,7 @@ class Processes:
         return int(_status(pid, b"Tgid:")[0])
 
     def shut_down(self, inode: int) -> bool:
-        """Shut down the socket with this inode, if a process has it whose /proc/PID/fd is readable.
+        """Shut down the socket with this inode, if a process with a readable /proc/PID/fd has it.
 
         Returns whether the socket was found and shut down.
         """
@@ -302,7 +305,7 @@ class Processes:
         return False
 
     def _is_asleep(self, pid: int) -> bool:
-        """Return whether a thread sleeps, which it no longer does once a signal has woken it."""
+        """Return whether a thread sleeps; it does not any longer once a signal has woken it."""
         stat = self._stats.get(pid)
         if stat is not None:
             try:
@@ -344,8 +347,8 @@ class Processes:
         """Write a line to the process's standard error, if the process may write to it.
 
         A copy of the descriptor keeps its access mode; opening ``/proc/PID/fd/2`` would check the
-        rights of the supervisor instead.  ``is_valid`` returns whether the process is still the one
-        that the number meant.
+        rights of the supervisor instead.  ``is_valid`` returns whether ``pid`` still is the number
+        of that process.
 
         Raises OSError if the process has ended.
         """

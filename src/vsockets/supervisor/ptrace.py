@@ -209,7 +209,8 @@ class _Vector(ctypes.Structure):
 class Ptrace:
     """The ptrace requests.
 
-    All raise OSError(ESRCH) if the thread has been killed, or is not stopped where it has to be.
+    All raise OSError(ESRCH) if the thread has been killed, or is not stopped although the request
+    needs that.
     """
 
     def __init__(self, machine: Architecture) -> None:
@@ -357,5 +358,5 @@ def tracer_of(pid: int) -> int:
 
 
 def is_gone(error: OSError) -> bool:
-    """Return whether a request has failed because its thread has been killed meanwhile."""
+    """Return whether a request has failed because its thread was killed meanwhile."""
     return error.errno == errno.ESRCH

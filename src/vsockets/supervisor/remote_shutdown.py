@@ -1,10 +1,10 @@
 """Shutting down sockets of other processes where ``pidfd_getfd(2)`` is forbidden, as in containers.
 
-The process itself makes the system calls, for a tracer.  A child process of the caller's traces it
-for some hundred microseconds: if it does not stop in time, the child ends, and the kernel releases
-it (:class:`Attempt`).  A process can have one tracer, and the supervisor may be that of a program
-of ``vsock run``.  The supervisor is then asked to do it (:class:`Requests`,
-:class:`RequestServer`).
+The process itself makes the system calls, for a tracer.  A child process of the caller's traces
+that process for some hundred microseconds; if it does not stop in time, the child ends, and the
+kernel releases the process (:class:`Attempt`).  A process can have one tracer, and a supervisor of
+``vsock run`` may be the tracer of its programs.  The supervisor is then asked to shut the sockets
+down (:class:`Requests`, :class:`RequestServer`).
 """
 
 from __future__ import annotations
@@ -204,7 +204,7 @@ class Attempt:
     def result(self) -> tuple[list[Target], str]:
         """Return the targets that were shut down, and the problem with the others, if any.
 
-        The attempt is over.
+        Call it after :meth:`is_over` has returned True, or wait for the child here.
         """
         try:
             text = b"".join(iter(lambda: os.read(self._output, 1 << 16), b""))
@@ -234,7 +234,10 @@ def _name_of(supervisor: int) -> bytes:
 
 
 def _messages(sock: _socket.socket, most: int) -> Iterator[tuple[Target, Any]]:
-    """Take up to ``most`` targets that root or this process's user has sent, and their senders."""
+    """Receive up to ``most`` targets that root or this process's user has sent.
+
+    Yields each with its sender.
+    """
     for _ in range(most):
         try:
             data, control, _, sender = sock.recvmsg(_TARGET.size, _CONTROL, _TAKE)

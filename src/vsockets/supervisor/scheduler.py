@@ -59,7 +59,7 @@ def ready(
 
 
 def lent(fd: int, inode: int, seconds: float | None) -> Wait:
-    """Return a wait until the socket ``inode`` is readable, of which ``fd`` is a copy.
+    """Return a wait until a socket is readable; ``fd`` is a copy of it, and ``inode`` its inode.
 
     The scheduler owns the copy, and closes it when the wait begins: if the program then closes its
     own descriptor, the socket is closed.
@@ -104,8 +104,9 @@ class CoroutineScheduler:
     def watch_directly(self, fd: int, callback: Callable[[int], None]) -> None:
         """Call ``callback(events)`` whenever one descriptor, the busiest, is readable or hung up.
 
-        It is polled beside the epoll: through an epoll, the caller of a notified system call would
-        not hand over its processor (SECCOMP_USER_NOTIF_FD_SYNC_WAKE_UP), which saves most.
+        The descriptor is polled beside the epoll: through an epoll, the thread that makes a
+        notified system call would not hand over its processor (SECCOMP_USER_NOTIF_FD_SYNC_WAKE_UP),
+        which saves most of the time.
         """
         self._direct, self._on_direct = fd, callback
         self._poll.register(fd, select.POLLIN)

@@ -60,7 +60,7 @@ UNCONNECTED = (Phase.NEW, Phase.BOUND, Phase.LISTENING, Phase.CONNECTING)
 
 
 class Received(NamedTuple):
-    """A whole message received from a socket."""
+    """A whole message that was received from a socket."""
 
     data: bytes
     flags: int  #: of struct msghdr
@@ -191,7 +191,7 @@ class Sockets:
     def find(self, inode: int) -> Endpoint | None:
         """Return the vSockets socket with this inode, or None for any other file.
 
-        Raises KeyError if it has not been seen yet.
+        Raises KeyError if the supervisor has not seen the file yet.
         """
         self._known.move_to_end(inode)
         return self._known[inode]
@@ -212,7 +212,7 @@ class Sockets:
 
 
 class Routes:
-    """Sockets that send datagrams from a program's socket to a destination: the last ones used."""
+    """The sockets used last to send datagrams from a program's socket to a destination."""
 
     def __init__(self) -> None:
         self._routes: OrderedDict[tuple[int, tuple[int, int]], _socket.socket] = OrderedDict()

@@ -104,7 +104,7 @@ class Supervisor:
 
         Sockets that it inherits are recognised first.
 
-        ``begun`` is called when it can go on, with an error if it cannot be supervised.
+        ``begun`` is called when the process can go on, with an error if it cannot be supervised.
         """
         try:
             self._processes.check_access()
@@ -268,7 +268,7 @@ class Supervisor:
     async def _recognise(self, call: Call, inode: int, serve: SocketHandler) -> Answer:
         """Serve a call on a socket that the supervisor sees for the first time.
 
-        A process that is not supervised may have made it.
+        A process that is not supervised may have created the socket.
         """
         endpoint = None
         with contextlib.suppress(OSError):
@@ -283,7 +283,7 @@ class Supervisor:
         return await serve(call, endpoint)
 
     async def _identify(self, fd: int, inode: int, check: Callable[[], None]) -> Endpoint | None:
-        """Return the vSockets socket that ``fd`` is a copy of, or None.  Closes ``fd``."""
+        """Return the vSockets socket of which ``fd`` is a copy, or None; close ``fd``."""
         with contextlib.closing(_socket.socket(fileno=fd)) as sock:
             check()
             if sock.getsockopt(SOL_SOCKET, SO_DOMAIN) != AF_UNIX:

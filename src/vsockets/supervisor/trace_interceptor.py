@@ -2,12 +2,12 @@
 
 Of several filters the strictest answer holds, and an errno is stricter than a notification: below a
 profile that refuses ``socket(AF_VSOCK)`` a supervisor is never notified.  SECCOMP_RET_TRAP is
-stricter than an errno.  So the filter installed here answers that call with it, and all others that
-are intercepted with SECCOMP_RET_TRACE, which no profile forbids.  Every process of the program is
-traced from its beginning, and the tracer sees both.
+stricter than an errno.  So the filter installed here answers ``socket(AF_VSOCK)`` with
+SECCOMP_RET_TRAP, and all other intercepted calls with SECCOMP_RET_TRACE, which no profile forbids.
+Every process of the program is traced from its beginning, and the tracer sees both.
 
-A thread that has stopped is the supervisor's: it makes system calls for it (:mod:`.injection`).
-The thread itself makes its sockets, and passes and receives descriptors.
+A thread that has stopped makes system calls for the supervisor (:mod:`.injection`).  The thread
+itself makes its sockets, and passes and receives descriptors.
 """
 
 from __future__ import annotations
@@ -131,14 +131,15 @@ class Thread(StoppedThread):
         self.timer = 0  #: the key of the wait after which it is put to sleep, or 0
 
     def may_step(self) -> bool:
-        """Return whether the process does not ignore SIGTRAP."""
+        """Return whether the thread's process does not ignore SIGTRAP."""
         return not self.process.ignores_trap
 
 
 class TraceInterceptor:
     """The supervisor's half of interception by ptrace.
 
-    Linux allows ptrace requests only from the tracer's thread, which is the one that created this.
+    Linux allows ptrace requests only from the tracer's thread, which is the thread that created
+    this object.
     """
 
     def __init__(self, surroundings: Surroundings) -> None:
@@ -255,7 +256,7 @@ class TraceInterceptor:
 
     @contextlib.contextmanager
     def _stopped(self, thread: Thread):  # type: ignore[no-untyped-def]
-        """Keep a thread stopped, which may be running, until the ``with`` statement ends."""
+        """Keep a thread, which may be running, stopped during the with block."""
         if thread.place is not Place.RUNNING:
             yield
             return
@@ -367,7 +368,7 @@ class TraceInterceptor:
     # What waitpid() reports
 
     def on_wait_status(self, number: int, status: int) -> bool:
-        """Take what waitpid() reports; return False if it does not concern interception alone."""
+        """Handle a wait status of waitpid(); return False if the caller has to handle it, too."""
         if not os.WIFSTOPPED(status):
             if not os.WIFCONTINUED(status):
                 self._forget(number)
@@ -422,7 +423,7 @@ class TraceInterceptor:
             self._begin_call(thread, call)
 
     def _on_trap(self, thread: Thread) -> bool:
-        """Take a SIGSYS; return False if it is the program's own."""
+        """Handle a SIGSYS; return False if the program has sent it."""
         call = self._ptrace.trapped_call_of(thread.number)
         if call is None or call.mark != TRACE_MARK or call.number != self._machine.socket:
             return False
@@ -578,7 +579,7 @@ class TraceInterceptor:
             self._by_process.pop(process.number, None)
 
     def _interrupt(self, thread: Thread) -> None:
-        """Give up the call that a thread has stopped at, and tell its handler."""
+        """Give up the call that a thread has stopped at, and notify its handler."""
         thread.intercepted = None
         if thread.timer:
             self._scheduler.cancel(thread.timer)
@@ -595,7 +596,7 @@ def _ignores_trap(pid: int) -> bool:
 
 
 def _traced(architecture: Architecture, rule: Rule) -> Rule:
-    """Return the rule of a filter for tracing that intercepts what ``rule`` has notified of."""
+    """Return the rule of a tracing filter for the calls that ``rule`` reports to a listener."""
     if rule.action != NOTIFY:
         return rule
     is_refused_elsewhere = rule.number == architecture.socket

@@ -2,12 +2,12 @@
 
 Containers forbid ``pidfd_getfd(2)``, the simpler way to take a descriptor, and no system call gives
 one to another process.  They allow all that is needed here: by injected calls the thread makes a
-unix datagram socket, sends its descriptor from it to a socket of the supervisor's, or receives one
-on it, and closes it again.
+unix datagram socket, over which it sends its descriptor to the supervisor, or receives one, and
+closes the socket again.
 
-While the socket is open, for some ten microseconds, other threads of the process could see it.  It
-has the lowest free number, and the descriptor that the thread is given takes its place, so POSIX's
-rule of the lowest number holds.
+While the socket is open, for some ten microseconds, other threads of the process could see it.  The
+socket has the lowest free number, and the descriptor that the thread is given takes its place, so
+POSIX's rule of the lowest number holds.
 """
 
 from __future__ import annotations
@@ -189,7 +189,7 @@ class TraceeDescriptors:
             _close(descriptors)
 
     def _messages(self) -> Iterator[tuple[int, list[int]]]:
-        """Receive messages to the supervisor; yield the sender's process id and the descriptors."""
+        """Receive messages that threads have sent; yield the sender's id and the descriptors."""
         while True:
             try:
                 _, control, _, _ = self._inbox.recvmsg(1, _INBOX_CONTROL, _TAKE)

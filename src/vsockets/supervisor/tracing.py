@@ -113,7 +113,8 @@ def _nothing() -> None:
 class Tracer:
     """All tracees of this process.
 
-    Linux allows ptrace requests only from the tracer's thread, which is the one that created this.
+    Linux allows ptrace requests only from the tracer's thread, which is the thread that created
+    this object.
     """
 
     def __init__(
@@ -172,7 +173,7 @@ class Tracer:
         return number in self._threads
 
     def covers(self, number: int, kind: Served, descriptor: int) -> bool:
-        """Return whether a descriptor of a thread is covered."""
+        """Return whether calls of ``kind`` on a thread's descriptor stop the thread."""
         thread = self._threads.get(number)
         return thread is not None and thread.process.covers(kind, descriptor)
 
@@ -187,7 +188,8 @@ class Tracer:
         """Cover descriptors of an attached process.
 
         The thread waits in a system call with these ``arguments``, and repeats it afterwards.
-        ``done`` is called before that, with 0 or an errno; with EINTR if the thread did not wait.
+        ``done`` is called before the thread repeats the call, with 0 or an errno; with EINTR if the
+        thread did not wait.
         """
         thread = self._threads[number]
         thread.script = self._cover(thread, kind, descriptors, arguments, done)
@@ -245,7 +247,7 @@ class Tracer:
     # Stops
 
     def on_wait_status(self, number: int, status: int) -> bool:
-        """Take what waitpid() reports; return False if it does not concern tracing alone."""
+        """Handle a wait status of waitpid(); return False if the caller has to handle it, too."""
         if not os.WIFSTOPPED(status):
             if not os.WIFCONTINUED(status):
                 self._forget(number)

@@ -69,9 +69,9 @@ class VsockdClient:
     def sender(self, read: Callable[[], Credentials]) -> Credentials | None:
         """Return the credentials to send a program's request with, or None for the supervisor's.
 
-        vsockd judges a request by the rights of the process that, by the kernel, wrote it.  The
-        supervisor of root may have programs with fewer rights than its own, and may name them as
-        the writer; in a container whose root lacks CAP_SYS_ADMIN, only their user.
+        vsockd judges a request by the rights of the process that has written it, as the kernel
+        reports.  The supervisor of root may have programs with fewer rights than its own, and may
+        name them as the writer; in a container whose root lacks CAP_SYS_ADMIN, only their user.
         """
         if self._sendable is Sendable.OWN:
             return None
@@ -222,7 +222,7 @@ async def receive_record(
 def take_record(sock: _socket.socket) -> tuple[Record, int | None]:
     """Return vsockd's reply, and the descriptor received with it, if they have arrived.
 
-    Raises OSError; EAGAIN if no reply has arrived.
+    Raises OSError with the errno of the reply, BlockingIOError if none has arrived.
     """
     return receive_reply(sock, _TAKE)
 
@@ -268,7 +268,7 @@ class PortHolder:
     def watch(self, lost: Callable[[int, bool], None]) -> None:
         """Call ``lost`` when vsockd releases the port.
 
-        It gets the socket's inode, and whether the reason is that the socket was closed.
+        ``lost`` gets the socket's inode, and True if the reason is that the socket was closed.
         """
 
         def hung_up(events: int) -> None:

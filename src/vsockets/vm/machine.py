@@ -40,7 +40,7 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 async def forward_stderr(process: Process, name: str, report: Callable[[str], None]) -> None:
     """Call ``report`` with each line that a process writes to standard error.
 
-    A guest may cause such lines, so they are rate limited as the lines of logs are.
+    A guest may cause such lines, so their rate is limited as that of log lines is.
     """
     assert process.stderr is not None
     throttle = Throttle(LOG_LINES_PER_SECOND)

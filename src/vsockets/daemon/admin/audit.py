@@ -31,8 +31,10 @@ class Topic(Enum):
 
 
 class Events:
-    """The subscribers.  An event is a JSON object with ``topic``, ``time`` (seconds since the
-    epoch) and the topic's own keys.
+    """The subscribers of events.
+
+    An event is a JSON object with ``topic``, ``time`` (seconds since the epoch) and the topic's own
+    keys.
     """
 
     def __init__(self) -> None:

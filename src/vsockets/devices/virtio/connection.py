@@ -316,7 +316,7 @@ class VirtioConnection:
         """Attach the host's socket ``sock``; take ownership of ``sock``.
 
         A unix socket does not transmit MSG_EOR, so a message that ends a record is sent with a copy
-        of the descriptor ``marker`` (``supervisor/calls/seqpacket_eor.py`` receives that copy).
+        of the descriptor ``marker`` (:mod:`vsockets.supervisor.calls.receive` receives that copy).
         """
         self.sock = sock
         self._marker = [(SOL_SOCKET, SCM_RIGHTS, _FD.pack(marker))]

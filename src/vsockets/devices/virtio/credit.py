@@ -41,7 +41,7 @@ class SendCredit:
     the specification counts payload only.  So unread packets are counted here, too:
 
         a packet is unread until the guest has forwarded its last byte (``fwd_cnt``)
-        a small one may be merged into the one before (:data:`VIRTIO_MERGED_PACKET_MAX_BYTES`)
+        a small packet may be merged into the one before (:data:`VIRTIO_MERGED_PACKET_MAX_BYTES`)
 
     The number of packets never blocks a stream: when many are unread, the rest of the credit is
     spent in small packets, which the guest merges.

@@ -114,7 +114,7 @@ async def connect(call: Call, endpoint: Endpoint) -> Answer:  # noqa: C901 - the
 
 
 async def _finish_interrupted(endpoint: Endpoint, sock: _socket.socket) -> Answer:
-    """Return the result of the connect that a signal has interrupted: it is called again."""
+    """Return the result of a connect that a signal has interrupted: connect() is called again."""
     await _wait(endpoint, sock, endpoint.connect_timeout, False)
     endpoint.interrupted = None
     return _result(endpoint)
@@ -194,7 +194,7 @@ def _send(
 
 
 def take_reply(endpoint: Endpoint, sock: _socket.socket) -> None:
-    """Receive vsockd's reply to a connect, if it is there, on ``sock``, a copy of the socket."""
+    """Receive vsockd's reply to a connect, if it has arrived, on ``sock``, a copy of the socket."""
     if endpoint.phase is not Phase.CONNECTING:
         return
     try:

@@ -105,7 +105,7 @@ async def statx(call: Call) -> Answer:
 
 
 async def access(call: Call) -> Answer:
-    """Serve access(): all may read and write, and none execute."""
+    """Serve access(): every user may read and write, and not execute."""
     return _access(call, call.integer(1))
 
 

@@ -196,7 +196,10 @@ async def _receive_end_of_record(call: Call, endpoint: Endpoint, flags: int) -> 
 
 
 def _wait(endpoint: Endpoint, sock: _socket.socket, flags: int) -> Wait:
-    """Return the wait for a message.  Raises OSError(EAGAIN) if the call is non-blocking."""
+    """Return the wait for a message.
+
+    Raises OSError(EAGAIN) if the call is non-blocking.
+    """
     if flags & MSG_DONTWAIT or not os.get_blocking(sock.fileno()):
         raise failure(errno.EAGAIN)
     seconds = timeout_of(sock, SO_RCVTIMEO) or None
