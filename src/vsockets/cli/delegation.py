@@ -51,7 +51,7 @@ def delegate(**arguments: Any) -> NoReturn:
 
     ``arguments`` are those of :func:`.run.run_here`.
 
-    Raises CliError.
+    Raises CliError if the launcher does not answer or cannot start the program.
     """
     path = os.environ[LAUNCHER]
     channel = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -138,7 +138,7 @@ class Delegated:
         return True
 
     def on_status(self, status: int) -> None:
-        """Pass a wait status on."""
+        """Pass a wait status on to the ``vsock run``."""
         with contextlib.suppress(OSError):
             if os.WIFCONTINUED(status):
                 os.kill(self._client, signal.SIGCONT)
@@ -216,7 +216,7 @@ class Launcher:
         return pid, client
 
     def _become(self, request: dict[str, Any], folder: int, passed: list[int], done: int) -> int:
-        """Make this process like the one that called ``vsock run``.
+        """Take over the group, descriptors, folder and limits of the process of ``vsock run``.
 
         Returns the descriptor of the lifeline.
         """

@@ -1,8 +1,8 @@
 """``vsock fabric``: run a command in a private fabric that ends with it.
 
-Two processes: this one becomes ``vsock run`` for the command.  Another, the *keeper*, has the
-fabric, starts programs for each ``vsock run`` within the command (:mod:`.delegation`), and removes
-all of it when the command has ended or this process is killed.
+There are two processes.  This one becomes ``vsock run`` for the command.  The other, the *keeper*,
+has the fabric, starts programs for each ``vsock run`` within the command (:mod:`.delegation`), and
+removes everything when the command has ended or this process is killed.
 """
 
 from __future__ import annotations
@@ -156,7 +156,7 @@ class _Keeper:
         return status or FAILURE
 
     def _clean_up(self) -> None:
-        """Remove what a killed keeper has left.  Its vsockd and programs end with it."""
+        """Remove what a killed keeper has left; its vsockd and programs end by themselves."""
         os.dup2(self._errors, 2)
         with contextlib.suppress(OSError):  # standard error is closed
             complain("fabric: the process that kept the fabric was killed; the fabric is removed")
@@ -170,7 +170,9 @@ class _Keeper:
 def _start_keeper(guests: dict[int, Path | None], reserved_ports: bool) -> _Keeper:
     """Start the keeper, and set this process's environment to its fabric.
 
-    Returns the connection to it.  Raises CliError.
+    Returns the connection to the keeper.
+
+    Raises CliError if the fabric cannot be started.
     """
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     child = os.fork()
@@ -198,7 +200,7 @@ def _start_keeper(guests: dict[int, Path | None], reserved_ports: bool) -> _Keep
 def _keep(front: socket.socket, guests: dict[int, Path | None], reserved_ports: bool) -> NoReturn:
     """Keep a fabric until ``front``, the connection to the command's process, is closed.
 
-    An error that is raised is one of the start: the command does not run yet.
+    The keeper reports an error only before it serves, when the command does not run yet.
     """
     code = 1
     try:

@@ -85,7 +85,7 @@ class Keeper:
     def _end_programs(self) -> None:
         """End the programs that were started for a ``vsock run``, then their supervisors.
 
-        A supervisor that were killed first would leave programs without an AF_VSOCK.
+        If a supervisor were killed first, its programs would go on without AF_VSOCK.
         """
         self._lifeline.close()
         self._supervisors.shutdown(socket.SHUT_WR)

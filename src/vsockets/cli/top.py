@@ -155,7 +155,7 @@ class _Top(View):
 
 
 def _streams(sockets: list[dict[str, Any]]) -> Iterator[tuple[object, ...]]:
-    """Yield rows of streams, counted by source, destination and type, the most first."""
+    """Yield a row for each source, destination and type of streams, the most streams first."""
     begun = [row for row in sockets if row["accepted"] is False]
     fill_queues(begun)
     by_route: dict[tuple[int, str, str], list[dict[str, Any]]] = {}

@@ -259,14 +259,14 @@ class Tree:
     def find(self, file: Identifier) -> FileRef:
         """Return the file with an identity.
 
-        Raises OSError (ESTALE) if it is at none of its recorded locations.
+        Raises OSError(ESTALE) if the file is at none of its recorded locations.
         """
         return self._find(file, NFS_DIRECTORY_DEPTH_MAX)
 
     def look_up(self, folder: FileRef, name: bytes, guest: Hashable) -> FileRef:
         """Return the file ``name`` in ``folder`` and record its location for ``guest``.
 
-        Raises OSError(ENOENT) if it does not exist.
+        Raises OSError(ENOENT) if the file does not exist.
         """
         if name == b".":
             return folder

@@ -36,7 +36,7 @@ def mount(
     ``mount_server`` serves the MOUNT protocol if ``server`` does not.  ``transfer`` is the maximum
     size of a READ or WRITE in bytes.
 
-    Raises OSError; :mod:`.preflight` checks the requirements.
+    Raises OSError if the export cannot be mounted; :mod:`.preflight` checks the requirements.
     """
     if not os.path.isdir(folder):
         raise OSError(errno.ENOENT, f"{folder}: directory not found")

@@ -136,8 +136,8 @@ class ListingCache:
     ) -> tuple[Part, int]:
         """Return a part, and the index of the first name in it after ``cookie``.
 
-        Raises NotReady while the part is being read, NfsError (JUKEBOX) for too many reads at once,
-        and OSError.
+        Raises NotReady while the part is being read, NfsError(JUKEBOX) for too many reads at once,
+        OSError if the directory cannot be read.
         """
         with run_as(identity):  # the caller must have read permission, even if the part is cached
             fd = os.open(folder.path, os.O_RDONLY | os.O_DIRECTORY)

@@ -1,4 +1,4 @@
-"""The MOUNT protocol, version 3 (RFC 1813 appendix I): how clients get an export's handle."""
+"""The MOUNT protocol, version 3 (RFC 1813 appendix I), by which clients get an export's handle."""
 
 from __future__ import annotations
 

@@ -142,7 +142,7 @@ class Procedures:
     def find(self, caller: Caller, handle: bytes) -> FileRef:
         """Return the file of a handle.
 
-        Raises ValueError for an invalid handle, and OSError.
+        Raises ValueError for an invalid handle, OSError if the file does not exist.
         """
         return caller.tree.find(self.signer.verify(handle))
 
@@ -461,7 +461,7 @@ class Procedures:
     def _name_in(self, caller: Caller, target: Target, new: bool = False) -> tuple[FileRef, bytes]:
         """Return a directory and a name in it other than ``.`` and ``..``.
 
-        Raises OSError, and ValueError for an invalid handle.
+        Raises OSError for an invalid name, ValueError for an invalid handle.
         """
         folder = self._folder(caller, target.directory)
         _check_name(target.name)

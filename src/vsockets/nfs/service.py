@@ -168,7 +168,7 @@ class NfsService:
     ) -> Caller:
         """Return the caller of a call; all handles in ``arguments`` must be of one export.
 
-        Raises OSError, and ValueError for an invalid handle.
+        Raises OSError if the guest may not use the export, ValueError for an invalid handle.
         """
         handles = [target.directory for target in arguments if isinstance(target, nfs3.Target)]
         if isinstance(arguments[0], bytes):

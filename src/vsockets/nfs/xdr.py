@@ -73,7 +73,7 @@ class Codec(Generic[T]):
     def unpack(self, data: bytes) -> T:
         """Decode ``data``, all of which must be one value.
 
-        Raises XdrError if they are not.
+        Raises XdrError if ``data`` is malformed or too long.
         """
         reader = Reader(data)
         value = self.decode(reader)

@@ -30,7 +30,7 @@ PRIVATE = "private"
 def play(stage: Stage, show_progress: bool) -> tuple[list[Step], dict[str, Any]]:
     """Run the demo.
 
-    Raises CliError if something that it needs is missing.
+    Raises CliError if a program or library that the demo needs is missing.
     """
     require("h2", "pika")
     try:

@@ -27,7 +27,7 @@ SIZE = 8 << 20
 def play(stage: Stage, show_progress: bool) -> tuple[list[Step], dict[str, Any]]:
     """Run the demo.
 
-    Raises CliError if something that it needs is missing.
+    Raises CliError if a program or library that the demo needs is missing.
     """
     try:
         preflight.check()

@@ -46,7 +46,7 @@ def family_of(host: str) -> tuple[int, Any]:
 
 
 def receive_files(host: str, port: str) -> None:
-    """Serve: receive files, check their digest, reply with a receipt; never returns."""
+    """Serve for ever: receive files, check their digest, and reply with a receipt."""
     family, where = family_of(host)
     server = socket.socket(family, socket.SOCK_STREAM)
     server.bind((where, int(port)))
@@ -76,7 +76,7 @@ def receive_files(host: str, port: str) -> None:
 def receive(connection: socket.socket, memory: bytearray) -> bytearray:
     """Fill ``memory`` from the connection.
 
-    Raises EOFError if the peer closes before.
+    Raises EOFError if the peer closes the connection earlier.
     """
     view = memoryview(memory)
     while view:
@@ -145,7 +145,7 @@ def real_files() -> tuple[int, bytes]:
 
 
 def accept_clients(port: str) -> None:
-    """Serve: accept every client and report its address; never returns."""
+    """Serve for ever: accept every client, and report its address."""
     server = socket.socket(socket.AF_VSOCK, socket.SOCK_STREAM)
     server.bind((socket.VMADDR_CID_ANY, int(port)))
     server.listen(5)
@@ -166,7 +166,7 @@ def try_to_connect(cid: str, port: str) -> None:
 
 
 def report_sources(port: str) -> None:
-    """Serve: reply to each datagram with its source address; never returns."""
+    """Serve for ever: reply to each datagram with its source address."""
     server = socket.socket(socket.AF_VSOCK, socket.SOCK_DGRAM)
     server.bind((socket.VMADDR_CID_ANY, int(port)))
     report(ready=server.getsockname())
@@ -177,7 +177,7 @@ def report_sources(port: str) -> None:
 
 
 def ask_for_source(cid: str, port: str) -> None:
-    """Ask that service once, with a text that claims another source."""
+    """Ask :func:`report_sources` once, with a text that claims another source."""
     with socket.socket(socket.AF_VSOCK, socket.SOCK_DGRAM) as client:
         client.sendto(b"this is 99:99 speaking: who am I?", (int(cid), int(port)))
         answer, service = client.recvfrom(BUFSIZE)

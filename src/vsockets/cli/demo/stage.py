@@ -33,7 +33,7 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 @contextlib.contextmanager
 def signals_deferred() -> Iterator[None]:
-    """Defer signals that end this process to the end of the block."""
+    """Defer signals that end this process to the end of the with block."""
     came: list[int] = []
 
     def note(number: int, _: object) -> None:
@@ -75,15 +75,15 @@ class Program:
         self._ended = os.pidfd_open(self._process.pid)
 
     def write(self, line: str) -> None:
-        """Write a line to its standard input."""
+        """Write a line to the program's standard input."""
         assert self._process.stdin is not None
         self._process.stdin.write(line.encode() + b"\n")
         self._process.stdin.flush()
 
     def read(self) -> dict[str, Any]:
-        """Return its next line of JSON.
+        """Return the next line of JSON that the program prints.
 
-        Raises CliError if the line is not JSON, or a service that it may need has failed.
+        Raises CliError if the line is not JSON, or a service that the program may need has failed.
         """
         line = self._read_line()
         try:
@@ -106,12 +106,12 @@ class Program:
         return line.removeprefix(_LISTENING).decode().strip()
 
     def end(self) -> None:
-        """Kill it, and wait for its end."""
+        """Kill the program, and wait for its end."""
         self._process.kill()
         self._process.wait()
 
     def close(self) -> None:
-        """Kill it and close its streams."""
+        """Kill the program, and close its streams."""
         self.end()
         os.close(self._ended)
         for stream in (self._process.stdin, self._process.stdout):
@@ -139,7 +139,7 @@ class Program:
         return line
 
     def _failure(self) -> CliError:
-        """Return an error with the last line of its traceback."""
+        """Return an error with the last line of the program's traceback."""
         self.end()
         assert self._process.stdout is not None
         said = (self._received + self._process.stdout.read()).decode(errors="replace")

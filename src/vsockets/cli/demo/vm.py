@@ -136,7 +136,7 @@ def _prepare(scratch: Path, device: Device, accel: Accelerator) -> list[str]:
 def _running(
     fabric: PrivateFabric, *command: str, **streams: Any
 ) -> Iterator[subprocess.Popen[str]]:
-    """Run a ``vsock`` command on the demo's fabric, and end it at the end of the block."""
+    """Run a ``vsock`` command on the demo's fabric during the with block."""
     program = (sys.executable, "-m", "vsockets.cli", "--dir", os.fspath(fabric.folder))
     process = subprocess.Popen(
         [*program, *command],
@@ -194,7 +194,7 @@ def _booted(
 
 
 def _end_of_console(console: Path) -> str:
-    """Return the last lines, or those up to a kernel panic, without control sequences."""
+    """Return the console's last lines, or those up to a kernel panic, without control sequences."""
     text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]|\x1bc", "", console.read_text(errors="replace"))
     lines = ["".join(filter(str.isprintable, line)) for line in text.splitlines()]
     lines = [line for line in lines if line.strip()]

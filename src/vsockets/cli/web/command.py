@@ -72,7 +72,7 @@ def web(listen: Any, open_browser: bool, interval: float) -> None:
 
 @contextlib.contextmanager
 def _redirecting_page(link: str) -> Iterator[str]:
-    """Yield the address of a file that only its owner can read.
+    """Yield the address of a file, readable by its owner only, that redirects to ``link``.
 
     A browser gets an address as an argument, and every user can read a process's arguments.
     """

@@ -52,7 +52,7 @@ class Access:
     def enter(self, token: str) -> str | None:
         """Create a session if ``token`` is that of the current :attr:`link`, and replace the link.
 
-        Return the value of the Set-Cookie header, or None for an invalid or used token.
+        Returns the value of the Set-Cookie header, or None for an invalid or used token.
         """
         if not _same(token, self._link):
             return None
@@ -81,7 +81,7 @@ class Access:
 
 
 def _same(one: str, other: str) -> bool:
-    """Compare in constant time."""
+    """Return whether two strings are equal, compared in constant time."""
     return hmac.compare_digest(one.encode(), other.encode())
 
 

@@ -1,4 +1,4 @@
-"""Poll vsockd once for all open pages, and only while one is open."""
+"""Snapshots of vsockd for all open pages, taken only while a page is open."""
 
 from __future__ import annotations
 

@@ -285,7 +285,7 @@ class VmciTransport:
         self._fail(connection, errno.ETIMEDOUT)
 
     def _apply(self, connection: _Connection, step: Step) -> None:
-        """Send the packets of a handshake's step; after the last step establish or fail the stream."""
+        """Send the packets of a handshake's step; after the last, establish or fail the stream."""
         handshake = connection.handshake
         assert handshake is not None
         if isinstance(handshake, Connecting) and handshake.size:
