@@ -36,6 +36,8 @@ def pastes_of(name: str) -> list[Block]:
     for block in found:
         assert block.language == "sh", f"examples/{name}, line {block.line}: expected sh"
         assert block.seen, f"examples/{name}, line {block.line}: no 'You see `…`'"
+    for block in found[:-1]:  # readers paste all of them into one shell
+        assert "cd " not in block.text, f"examples/{name}, line {block.line}: leaves the folder"
     return found
 
 

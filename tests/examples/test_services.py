@@ -11,7 +11,7 @@ import pytest
 
 from vm import downloads
 
-from .conftest import RunPage
+from .conftest import EXAMPLES, RunPage
 
 
 def test_adapters(run_page: RunPage) -> None:
@@ -33,6 +33,20 @@ def test_grpc_in_python(run_page: RunPage) -> None:
     run_page("grpc", "client.py")
 
 
+def test_systemd_accepts_the_units(tmp_path: Path) -> None:
+    if shutil.which("systemd-analyze") is None:
+        pytest.skip("no systemd-analyze: apt install systemd")
+    for unit in ("agent.socket", "agent.service"):
+        shutil.copy(EXAMPLES / "systemd" / unit, tmp_path)
+    done = subprocess.run(
+        ["systemd-analyze", "verify", "--man=no", tmp_path / "agent.socket"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert "agent." not in done.stderr, done.stderr
+
+
 def test_systemd_passes_the_socket(run_page: RunPage) -> None:
     if shutil.which("systemd-socket-activate") is None:
         pytest.skip("no systemd-socket-activate: apt install systemd")
@@ -40,7 +54,7 @@ def test_systemd_passes_the_socket(run_page: RunPage) -> None:
 
 
 def test_systemd_is_notified_by_the_agent(run_page: RunPage) -> None:
-    run_page("systemd", "python3 agent.py\n    echo")
+    run_page("systemd", "agent.py\n    echo")
 
 
 def test_systemd_is_notified_by_its_tool(run_page: RunPage, tmp_path: Path) -> None:
