@@ -18,3 +18,6 @@ vsock run --cid 16 -- python3 enclave.py &
 
 vsock run --cid 3 -- vsock connect --wait 20 3 8000 </dev/null # until the proxy listens
 echo "a document" | vsock run --cid 3 -- vsock connect --wait 20 16 5000
+if vsock connect 16 5000 </dev/null; then # as the host: it is not of the pair's domain
+    exit 1
+fi

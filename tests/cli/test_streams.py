@@ -8,6 +8,7 @@ import os
 import random
 import re
 import signal
+import socket
 import subprocess
 from pathlib import Path
 
@@ -232,6 +233,20 @@ def test_errors_name_a_remedy(vsock: Vsock, fabric: PrivateFabric) -> None:
             ("listen --cid 77 5000", 1, "omit --cid"),
             ("listen 5000 -e no-such", 127, "no-such: No such file or directory"),
         )
+
+
+def test_errors_name_the_isolation_of_a_guest(vsock: Vsock, fabric: PrivateFabric) -> None:
+    guest = fabric.guest(profile="legacy", domain="lab", unrestricted=True)
+    address = (vsockets.VMADDR_CID_ANY, 5562)
+    with (
+        vsockets.create_server(address, context=guest),
+        vsockets.socket(type=socket.SOCK_DGRAM, context=guest) as datagrams,
+    ):
+        datagrams.bind(address)
+        line = vsock.fails("connect", guest.cid, 5562)
+        assert line.startswith(f"connect to {guest.cid}:5562: the guest is isolated from this")
+        done = vsock("connect", guest.cid, 5562, "-u", data=b"hello", expect=1)
+        assert done.stderr.startswith(f"vsock: send to {guest.cid}:5562: the guest is isolated")
 
 
 def test_no_vsockd(vsock: Vsock) -> None:

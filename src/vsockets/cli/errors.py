@@ -12,7 +12,8 @@ CONNECT = {
     errno.EHOSTUNREACH: "no such context, or this one may not communicate with it (see: vsock "
     "context ls, vsock events denial)",
     errno.EADDRINUSE: "the source port is in use (see: vsock ls)",
-    errno.EACCES: "ports below 1024 need CAP_NET_BIND_SERVICE",
+    errno.EACCES: "the guest is isolated from this program (see: vsock events denial), or the "
+    "source port is below 1024, which needs CAP_NET_BIND_SERVICE",
     errno.EINVAL: "any is not a destination, or the buffer sizes of both sides do not overlap",
     errno.ETIMEDOUT: "no answer in time; -w SECONDS sets a longer timeout",
 }
@@ -22,6 +23,7 @@ BIND = {
     errno.EACCES: "ports below 1024 need CAP_NET_BIND_SERVICE; use 1024 or above",
 }
 SEND = {
+    errno.EACCES: "the guest is isolated from this program (see: vsock events denial)",
     errno.EMSGSIZE: "the message is too large",
     errno.ECONNREFUSED: "no datagram socket is bound there, or this context may not send to it "
     "(see: vsock events denial); --wait SECONDS retries",
