@@ -4,6 +4,7 @@ Its list has lines such as ``- {address: kms.eu-west-1.amazonaws.com, port: 443}
 """
 
 import argparse
+import contextlib
 import re
 import socket
 import threading
@@ -18,9 +19,10 @@ def pump(source: socket.socket, sink: socket.socket) -> None:
         while data := source.recv(65536):
             sink.sendall(data)
         sink.shutdown(socket.SHUT_WR)
-    except OSError:  # the other direction has failed: end both
+    except OSError:  # one of both is broken: end the other direction, too
         for sock in (source, sink):
-            sock.close()
+            with contextlib.suppress(OSError):
+                sock.shutdown(socket.SHUT_RDWR)
 
 
 def serve(client: socket.socket, address: str, port: int) -> None:

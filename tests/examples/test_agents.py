@@ -27,7 +27,7 @@ def test_c(run_page: RunPage) -> None:
 
 def test_node(run_page: RunPage) -> None:
     if shutil.which("node") is None:
-        pytest.skip("no node: apt install nodejs")
+        pytest.skip("no node: apt install what .ci/run does")
     run_page("node")
 
 
