@@ -15,7 +15,7 @@ from .limits import VSOCKD_REPLY_TIMEOUT_SECONDS
 from .state_folder import CONTROL, connect_to, default_folder, wait_to_connect
 
 #: The topics of events.
-TOPICS = ("context", "denial", "disconnect")
+TOPICS = ("context", "denial", "disconnect", "vsockd")
 
 
 class Control:
@@ -211,6 +211,17 @@ class Control:
         """Subscribe to events of some of the :data:`TOPICS`, by default all."""
         return Events(self.folder, topics or TOPICS)
 
+    def replace(self) -> int:
+        """Replace vsockd by a new process of what is installed now; return its process id.
+
+        It takes over all sockets, streams, guests, leases and followers of events.  Requests
+        that are made meanwhile wait.
+
+        Raises OSError with the reason when it cannot take over; then the present one continues.
+        """
+        pid: int = self._request("replace")["pid"]
+        return pid
+
     def stop(self) -> None:
         """Stop vsockd, and return when vsockd has closed all connections."""
         self._request("stop")
@@ -243,7 +254,8 @@ class Events:
     Topic ``context`` has ``cid``, ``name``, ``change`` (``added``, ``removed``, ``suspend``, ...),
     ``state``, ``ft`` and ``dropped`` (connections).  Topic ``denial`` has the fields listed in
     docs/security.md.  Topic ``disconnect``, a stream that an administrator has ended, has
-    ``source``, ``destination``, and the administrator's ``pid``, ``uid`` and ``gid``.
+    ``source``, ``destination``, and the administrator's ``pid``, ``uid`` and ``gid``.  Topic
+    ``vsockd`` has ``change``, which is ``replaced``, and the ``pid`` of the process that serves.
     """
 
     def __init__(self, folder: Path, topics: tuple[str, ...]) -> None:

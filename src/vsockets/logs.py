@@ -176,9 +176,13 @@ class _Handler(logging.StreamHandler[TextIO]):
             except OSError:  # the folder was removed, or descriptors are exhausted: discard the log
                 os.ftruncate(2, 0)
 
-    def write_to(self, path: Path) -> None:
-        """Create or truncate the file, and make it this process's standard output and error."""
-        flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND | os.O_CLOEXEC
+    def write_to(self, path: Path, keep: bool = False) -> None:
+        """Create the file, and make it this process's standard output and error.
+
+        An existing file is truncated, unless ``keep`` is True.
+        """
+        flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC
+        flags |= 0 if keep else os.O_TRUNC
         sink = os.open(path, flags, 0o600)
         for number in (1, 2):
             os.dup2(sink, number)
@@ -203,13 +207,13 @@ def configure(words: str, level: int, form: str) -> None:
     logging.basicConfig(level=level, handlers=[_handler])
 
 
-def write_to(path: Path) -> None:
-    """Replace standard output and error with the file ``path``.
+def write_to(path: Path, keep: bool = False) -> None:
+    """Replace standard output and error with the file ``path``, emptied unless ``keep`` is True.
 
     When the file has LOG_FILE_MAX_BYTES, it is renamed to the path that :func:`older` returns, and
     a new file is created.  Together the two have at most twice as many bytes.
     """
-    _handler.write_to(path)
+    _handler.write_to(path, keep)
 
 
 def older(path: Path) -> Path:

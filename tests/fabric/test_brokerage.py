@@ -344,7 +344,7 @@ class TestConnect:
         listener = house.listen(house.host, 5000)
         first = house.fabric.connect(house.guest, listener, None, BufferSizes(), ME.credentials)
         assert first.number == 1
-        house.fabric._number = 2**31 - 2
+        house.fabric.last_number = 2**31 - 2
         numbers = [
             house.fabric.connect(house.guest, listener, None, BufferSizes(), ME.credentials).number
             for _ in range(2)

@@ -80,6 +80,6 @@ def test_a_cid_is_not_leased_again_soon() -> None:
 
 def test_leasing_starts_over_after_the_last_cid() -> None:
     contexts = Contexts(0)
-    contexts._next = LAST_GUEST_CID
+    contexts.following = LAST_GUEST_CID
     contexts.add(3, "", 0)
     assert [contexts.add(None, "", 0).cid for _ in range(2)] == [LAST_GUEST_CID, 4]

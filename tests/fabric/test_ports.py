@@ -68,7 +68,7 @@ def test_a_search_ends_after_24_ports_and_goes_on_from_there() -> None:
 @given(st.sets(st.integers(0, 8)))
 def test_ephemeral_ports_wrap_around_and_skip_held_ones(held: set[int]) -> None:
     ports: Ports[str] = Ports()
-    ports._next = LAST_PORT - 4
+    ports.following = LAST_PORT - 4
     round_trip = [*range(LAST_PORT - 4, LAST_PORT + 1), *range(1024, 1034)]
     for place in held:
         ports.claim(round_trip[place], "held")

@@ -13,7 +13,7 @@ import re
 import socket
 import stat
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 _FOLDER = os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -103,11 +103,18 @@ class SocketFile:
     Raises OSError as :func:`open_folder` does.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(
+        self, path: Path, folder: int | None = None, made: Sequence[int] | None = None
+    ) -> None:
+        """Open the folder, unless ``folder`` is its descriptor.
+
+        ``made`` is the device and inode of a file that another process has bound.
+        """
         self.where = path  #: the path for messages
         self.name = path.name
-        self.folder = open_folder(path.absolute().parent)
-        self._made: tuple[int, int] | None = None
+        self.folder = open_folder(path.absolute().parent) if folder is None else folder
+        #: device and inode of the file that :meth:`bind` has created
+        self.made = None if made is None else (made[0], made[1])
 
     def close(self) -> None:
         """Close the folder's descriptor.  The file stays."""
@@ -128,14 +135,14 @@ class SocketFile:
         remove_stale(self.name, self.folder)
         with contextlib.nullcontext() if mode is None else file_mode(mode):
             sock.bind(self.path)
-        self._made = self._identity()
+        self.made = self._identity()
 
     def remove(self) -> None:
         """Remove the file if it is still the one that :meth:`bind` created."""
         with contextlib.suppress(OSError):
-            if self._made is not None and self._identity() == self._made:
+            if self.made is not None and self._identity() == self.made:
                 os.unlink(self.name, dir_fd=self.folder)
-        self._made = None
+        self.made = None
 
     def give(self, user: int) -> None:
         """Make ``user`` (a user id) the file's owner.

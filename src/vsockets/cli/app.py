@@ -45,7 +45,7 @@ SECTIONS: dict[str, dict[str, tuple[str, str]]] = {
         "ls": ("ls", "List the fabric's sockets, two for each stream."),
         "top": ("top", "Show contexts, streams, rates and denials on the terminal."),
         "web": ("web.command", "Show contexts, streams, rates and denials in a browser."),
-        "events": ("events", "Print life-cycle events of guests and denials until Ctrl-C."),
+        "events": ("events", "Print events of guests, streams and vsockd until Ctrl-C."),
         "metrics": ("metrics", "Print or serve vsockd's counters in Prometheus's text format."),
         "capture": ("capture", "Record the packets of a device or a forwarder as pcap."),
         "disconnect": ("context", "Close the stream between two addresses."),

@@ -22,12 +22,12 @@ from .output import notice
     "topics",
     nargs=-1,
     type=click.Choice(TOPICS),
-    metavar="[context] [denial] [disconnect]",
+    metavar="[context] [denial] [disconnect] [vsockd]",
     help="Topics to print. Default: all.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print JSON, one object per line.")
 def events(topics: tuple[str, ...], as_json: bool) -> None:
-    """Print life-cycle events of guests and denials until Ctrl-C."""
+    """Print events of guests, streams and vsockd until Ctrl-C."""
     with administrator() as control, control.events(*topics) as stream:
         if sys.stderr.isatty():
             notice(f"following events: {', '.join(topics or TOPICS)} (Ctrl-C ends)")
@@ -43,6 +43,8 @@ def _describe(event: dict[str, Any]) -> str:
         what = f"context {event['cid']} {event['name']}: {event['change']}{dropped}"
     elif event["topic"] == "disconnect":
         what = event["message"]
+    elif event["topic"] == "vsockd":
+        what = f"vsockd: {event['change']} (now pid {event['pid']})"
     else:
         what = f"context {event['context']}: {event['message']}"
     return f"{clock} {what}{lost}"

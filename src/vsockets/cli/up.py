@@ -27,14 +27,24 @@ from .output import Column, print_json, print_table
     help="Lowest level that vsockd logs; with --foreground.",
 )
 @log_format_option
-def up(foreground: bool, log_level: str, log_format: str) -> None:
+@click.option(
+    "--replace",
+    is_flag=True,
+    help="Replace a running vsockd by a new process.  Nothing is lost.",
+)
+def up(foreground: bool, log_level: str, log_format: str, replace: bool) -> None:
     """Start vsockd, the fabric's daemon, unless it runs already."""
     folder = default_folder()
+    if replace and foreground:
+        raise click.UsageError("--replace and --foreground exclude each other")
     if foreground:
         _exec_vsockd(folder, "--log-level", log_level, "--log-format", log_format)
     started = launcher.start(folder, on_demand=False)
     with administrator(start=True) as control:
         pid = control.status()["pid"]
+        if replace and not started:
+            print(f"vsockd in {folder} was replaced (pid {pid}, now {control.replace()})")
+            return
     print(f"vsockd {'serves' if started else 'is already running in'} {folder} (pid {pid})")
 
 

@@ -16,6 +16,7 @@ from ..fabric import Refused
 from ..state_folder import LOG, default_folder
 from .configuration import ConfigurationError, default_configuration_folder
 from .crash_records import How, OtherwiseStarted, Start
+from .succession import Predecessor, wait_for_successors
 from .vsockd import AlreadyRunning, Vsockd
 
 #: Command of the relay for hybrid vsock, a device process.  With -P, no module is loaded from the
@@ -46,6 +47,7 @@ def make_parser() -> argparse.ArgumentParser:
         metavar="FD",
         help="descriptor of a pipe or socket: end when its other end is closed",
     )
+    parser.add_argument("--succeed", type=int, metavar="FD", help=argparse.SUPPRESS)
     parser.add_argument(
         "--config",
         type=Path,
@@ -71,8 +73,13 @@ def main() -> int:
     arguments = make_parser().parse_args()
     level = logging.getLevelNamesMapping()[arguments.log_level.upper()]
     logs.configure("vsockd: %(levelname)s: %(message)s", level, arguments.log_format)
+    is_successor = arguments.succeed is not None
     try:
-        vsockd = Vsockd(arguments.dir, _start(arguments), _RELAY)
+        if is_successor and arguments.background:
+            logs.write_to(arguments.dir / LOG, keep=True)
+        predecessor = Predecessor(arguments.succeed) if is_successor else None
+        successor = _successor(arguments)
+        vsockd = Vsockd(arguments.dir, _start(arguments), _RELAY, successor, predecessor)
     except AlreadyRunning as error:
         print(f"vsockd: {error}", file=sys.stderr)
         return os.EX_TEMPFAIL
@@ -82,17 +89,33 @@ def main() -> int:
     except OtherwiseStarted as error:
         print(f"vsockd: {error}", file=sys.stderr)
         return os.EX_UNAVAILABLE
-    except (OSError, Refused) as error:
+    except (OSError, ValueError, Refused) as error:
         problem = describe(error) if isinstance(error, OSError) else error
         print(f"vsockd: cannot start in {arguments.dir}: {problem}", file=sys.stderr)
         return 1
-    if arguments.background and not _detach(vsockd.folder / LOG):
+    if arguments.background and not is_successor and not _detach(vsockd.folder / LOG):
         return 0  # the calling program's process; vsockd continues in its child
     # Objects made so far live as long as vsockd, and requests create no reference cycles.
     gc.freeze()
     gc.set_threshold(50_000)
     found = vsockd.run(lambda: _announce_ready(arguments.ready_fd), arguments.lifeline_fd)
+    if vsockd.is_replaced:
+        stays = not (is_successor or arguments.background)
+        folder = vsockd.leave(stays)
+        if stays:
+            return wait_for_successors(folder, vsockd.is_stopping)
     return 0 if found else 1
+
+
+def _successor(arguments: argparse.Namespace) -> list[str]:
+    """Return the command of a vsockd that takes over from this one, but for its last argument."""
+    command = [sys.executable, "-P", "-m", "vsockets.daemon"]
+    command += ["--dir", str(arguments.dir.absolute()), "--log-format", arguments.log_format]
+    command += ["--log-level", arguments.log_level]
+    if arguments.config is not None:
+        command += ["--config", str(arguments.config.absolute())]
+    flags = {"--background": arguments.background, "--on-demand": arguments.on_demand}
+    return [*command, *(flag for flag, given in flags.items() if given), "--succeed"]
 
 
 def _start(arguments: argparse.Namespace) -> Start:

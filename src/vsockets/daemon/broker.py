@@ -32,6 +32,7 @@ from .channel import SHORTAGE, Channel, Listener, consume, send_descriptor, take
 from .credentials import peer_credentials
 from .datagrams import Datagrams
 from .device_link import HandoffLink, capture
+from .handover import Reader, Saved, Writer
 from .limit_checks import (
     LimitChecks,
     max_silent_descriptors,
@@ -54,6 +55,7 @@ from .listeners import (
     encode_endpoint,
     encode_offer,
     leaves_replies_unread,
+    restore_listener,
 )
 from .named_sockets import NamedSocket, bind_to_name, probe_of
 from .scheduling import DeferredWork, RequestTurns, pause_for
@@ -114,6 +116,37 @@ class Broker:
             Op.BIND_SOCKET: self._bind_socket,
             Op.COUNT: self._count,
         }
+
+    def save(self, writer: Writer) -> Saved:
+        """Return streams and channels for the next vsockd; the caller saves what they refer to."""
+        kept = [channel for channels in self._channels.values() for channel in channels]
+        return {
+            "streams": self.streams.save(writer),
+            "kept": [writer.channel(channel) for channel in kept],
+            "holders": [(secret, writer.channel(one)) for secret, one in self._holders.items()],
+            "names": next(self._names),
+        }
+
+    def restore(self, reader: Reader, saved: Saved, channels: list[Saved]) -> None:
+        """Serve the channels that the previous vsockd has saved; ``channels`` has all of them."""
+        self._names = count(saved["names"])
+        for number in saved["kept"]:
+            channel, row = reader.channels[number], channels[number]
+            if row["listener"] is not None:
+                self._restore_listener(reader, channel, row["listener"])
+            if row["silent"]:
+                self._begin_silence(channel)
+            else:
+                self._keep(channel)
+        self._holders = {secret: reader.channels[number] for secret, number in saved["holders"]}
+        if self._holders:
+            self._sweep_later()
+        self._retry_announcements()
+
+    def _restore_listener(self, reader: Reader, channel: Channel, saved: Saved) -> None:
+        listener = channel.listener = restore_listener(reader, channel, saved)
+        if listener.has_held:
+            self._unannounced[listener] = None
 
     def refresh(self) -> None:
         """Release every socket that has been closed."""
@@ -201,12 +234,7 @@ class Broker:
             channel.send(Record(denied.errno).encode())
             channel.close()
             return
-        channel.silent = True
-        channel.party.pending += 1
-        self._keep(channel)
-        if not self._silent:
-            self._loop.call_later(DAEMON_SILENT_CLIENT_SECONDS, self._close_silent)
-        self._silent[channel] = monotonic() + DAEMON_SILENT_CLIENT_SECONDS
+        self._begin_silence(channel)
         if not may_keep_descriptor(channel.sock.fileno()):
             # A well-behaved client sends its request within microseconds.
             self._silent_in_reserve[channel] = None
@@ -214,6 +242,14 @@ class Broker:
                 longest = next(iter(self._silent_in_reserve))
                 longest.send(Record(errno.ENOBUFS).encode())
                 self._drop(longest)
+
+    def _begin_silence(self, channel: Channel) -> None:
+        channel.silent = True
+        channel.party.pending += 1
+        self._keep(channel)
+        if not self._silent:
+            self._loop.call_later(DAEMON_SILENT_CLIENT_SECONDS, self._close_silent)
+        self._silent[channel] = monotonic() + DAEMON_SILENT_CLIENT_SECONDS
 
     def _keep(self, channel: Channel) -> None:
         self._channels.setdefault(channel.context, set()).add(channel)
@@ -565,6 +601,9 @@ class Broker:
                     self._unannounced.pop(target, None)
             except OSError:
                 self._drop_listener(target)
+        self._retry_announcements()
+
+    def _retry_announcements(self) -> None:
         if self._unannounced:
             self._loop.call_later(DAEMON_ANNOUNCE_RETRY_SECONDS, self._announce_later)
 

@@ -22,6 +22,8 @@ from socket import (
     MSG_PEEK,
     SCM_RIGHTS,
     SO_PASSCRED,
+    SOCK_SEQPACKET,
+    SOCK_STREAM,
     SOL_SOCKET,
 )
 from time import monotonic
@@ -31,6 +33,7 @@ from .._linux.sockets import descriptor_in
 from ..fabric import Context, Credentials, Endpoint, EndpointKind, Party, Refused
 from ..protocol import PADDING, REQUEST_SIZE, ProtocolError
 from .credentials import UCRED, Author, Deputy, Peer
+from .handover import Reader, Saved, Writer
 from .limit_checks import may_keep_descriptor
 from .limits import DAEMON_NOTICED_CALL_SECONDS, DAEMON_UNWANTED_DESCRIPTORS_MAX
 from .stream_liveness import Group
@@ -123,6 +126,50 @@ class Channel(Peer):
         room = limits is None or self.party.channels < limits.sockets
         return room and may_keep_descriptor(self.sock.fileno())
 
+    def save(self, writer: Writer) -> Saved:
+        """Return the channel for the next vsockd.  One that was handed off has no socket."""
+        return {
+            "class": type(self).__name__,
+            "socket": writer.descriptor(self.sock.fileno()) if self.sock.fileno() >= 0 else None,
+            "context": self.context.cid,
+            "kind": self.kind.value,
+            "credentials": self.credentials,
+            "endpoint": writer.endpoint(self.endpoint),
+            "listener": self.listener and self.listener.save(writer),
+            "secret": self.secret,
+            "moved": writer.channel(self.moved),
+            "silent": self.silent,
+            "last_device": writer.link(self.last_device),
+            "watch": writer.group(self.watch),
+        }
+
+    @classmethod
+    def restore(cls, reader: Reader, saved: Saved) -> Channel:
+        """Return a channel that the previous vsockd has saved, without its listener.
+
+        The channel and the link that it refers to are set by :meth:`restore_references`.
+        """
+        kind = EndpointKind(saved["kind"])
+        type_ = SOCK_STREAM if kind is EndpointKind.STREAM else SOCK_SEQPACKET
+        sock = reader.socket_or_none(saved["socket"], type_)
+        if sock is None:
+            sock = _socket.socket(AF_UNIX, type_)
+            sock.close()
+        channel = cls(
+            sock, reader.context(saved["context"]), kind, Credentials(*saved["credentials"])
+        )
+        channel.endpoint = reader.endpoint(saved["endpoint"])
+        channel.secret = saved["secret"]
+        channel.watch = None if saved["watch"] is None else reader.groups[saved["watch"]]
+        return channel
+
+    def restore_references(self, reader: Reader, saved: Saved) -> None:
+        """Set the other channel and the link that the channel refers to."""
+        if saved["moved"] is not None:
+            self.moved = reader.channels[saved["moved"]]
+        if saved["last_device"] is not None:
+            self.last_device = reader.link(saved["last_device"])
+
     def close(self) -> None:
         """Close the socket, and with it descriptors in requests that have not been read."""
         close_socket(self.sock, self.party)
@@ -169,6 +216,32 @@ class Listener:
         self._parties: set[Party] = set()  # parties with connections in it at the last recount
         #: connections not announced yet: record, descriptor of the socket, party
         self._held: deque[tuple[bytes, int, Party]] = deque()
+
+    def save(self, writer: Writer) -> Saved:
+        """Return the listener for the next vsockd."""
+        return {
+            "class": type(self).__name__,
+            "capacity": self._capacity,
+            "pending": [writer.party(party) for party in self._pending],
+            "held": [
+                (record.hex(), writer.descriptor(fd), writer.party(party))
+                for record, fd, party in self._held
+            ],
+        }
+
+    def restore(self, reader: Reader, saved: Saved) -> None:
+        """Set what the previous vsockd has saved."""
+        self._capacity = saved["capacity"]
+        for party in saved["pending"]:
+            self._add_pending(reader.party(party))
+        for record, fd, party in saved["held"]:
+            self._held.append((bytes.fromhex(record), reader.descriptors[fd], reader.party(party)))
+            reader.party(party).pending += 1
+
+    @property
+    def has_held(self) -> bool:
+        """True if connections wait to be announced."""
+        return bool(self._held)
 
     @property
     def is_listening(self) -> bool:

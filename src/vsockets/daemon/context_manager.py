@@ -44,6 +44,7 @@ from ..state_folder import SEQPACKET, STREAM
 from .admin.audit import Audit, Events, Topic
 from .broker import Broker
 from .crash_records import IsolatedGuests
+from .handover import Reader, Saved, Writer
 from .hybrid_listener import HybridListener
 from .limits import CONTROL_BACKLOG_MAX
 
@@ -152,8 +153,9 @@ class ContextListeners:
         context: Context,
         folder: Path,
         trash: Trash,
+        taken: tuple[Reader, Saved] | None = None,
     ) -> None:
-        """Create the folder and the sockets.
+        """Create the folder and the sockets, unless they are ``taken`` from the previous vsockd.
 
         ``folder`` is a path through a descriptor, valid also after the state folder was moved or
         replaced.
@@ -163,6 +165,33 @@ class ContextListeners:
         self._folder = folder
         self._trash = trash
         self._acceptors: list[Acceptor] = []
+        if taken is None:
+            self._create(loop, broker, context)
+            return
+        reader, saved = taken
+        for (kind, _, _), number in zip(_CONTROL_SOCKETS, saved["listeners"], strict=True):
+            listener = socket.socket(fileno=reader.descriptors[number])
+            listener.setblocking(False)
+            self._accept(loop, broker, context, kind, listener)
+
+    def save(self, writer: Writer) -> Saved:
+        """Return the sockets for the next vsockd."""
+        return {"listeners": [writer.descriptor(one.listener.fileno()) for one in self._acceptors]}
+
+    def _accept(
+        self,
+        loop: EventLoop,
+        broker: Broker,
+        context: Context,
+        kind: EndpointKind,
+        listener: socket.socket,
+    ) -> None:
+        admit = partial(broker.admit, context, kind)
+        who = f"a program of context {context.cid}"
+        self._acceptors.append(Acceptor(loop, listener, who, admit))
+
+    def _create(self, loop: EventLoop, broker: Broker, context: Context) -> None:
+        folder, trash = self._folder, self._trash
         is_host = context.cid == VMADDR_CID_HOST
         if folder.is_dir():  # an earlier context's, which could not be removed
             trash.discard(folder)
@@ -170,9 +199,7 @@ class ContextListeners:
         try:
             for kind, name, sock_type in _CONTROL_SOCKETS:
                 listener = socket.socket(socket.AF_UNIX, sock_type | socket.SOCK_NONBLOCK)
-                admit = partial(broker.admit, context, kind)
-                who = f"a program of context {context.cid}"
-                self._acceptors.append(Acceptor(loop, listener, who, admit))
+                self._accept(loop, broker, context, kind, listener)
                 # Clients see the bound name in getpeername(): the name alone discloses no path.
                 with working_in(folder), file_mode(0o666 if is_host else 0o600):
                     listener.bind(name)
@@ -245,8 +272,32 @@ class ContextManager:
         self._relay = relay
         fabric.contexts.reserved = isolated.before
         self._listeners: dict[Context, list[ContextListeners | HybridListener]] = {}
-        self._open_listeners(fabric.contexts.hypervisor)
-        self._open_listeners(fabric.contexts.host)
+
+    def open(self) -> None:
+        """Create the sockets of the hypervisor and the host.  Raises OSError."""
+        self._open_listeners(self._fabric.contexts.hypervisor)
+        self._open_listeners(self._fabric.contexts.host)
+
+    def save(self, writer: Writer) -> list[Saved]:
+        """Return the sockets of all contexts for the next vsockd."""
+        return [
+            {"cid": context.cid, "listeners": [listener.save(writer) for listener in listeners]}
+            for context, listeners in self._listeners.items()
+        ]
+
+    def restore(self, reader: Reader, saved: list[Saved]) -> None:
+        """Accept connections on the sockets that the previous vsockd has saved."""
+        for one in saved:
+            context = reader.context(one["cid"])
+            common = self._loop, self._broker, context
+            folder = self._held / str(context.cid)
+            first, *hybrid = one["listeners"]
+            listeners = self._listeners[context] = [
+                ContextListeners(*common, folder, self._trash, (reader, first))
+            ]
+            for two in hybrid:
+                path = Path(context.hybrid)
+                listeners.append(HybridListener(*common, path, self._relay, (reader, two)))
 
     def close(self) -> None:
         """Close all listening sockets."""
@@ -338,15 +389,16 @@ class ContextManager:
         self._fabric.contexts.remove(context.cid)
         self._finish_removal(context)
 
-    def configure(self, settings: Settings) -> None:
-        """Add guests of ``settings`` that are missing; set isolation and limits of the others.
+    def configure(self, settings: Settings, others: bool = True) -> None:
+        """Add guests of ``settings`` that are missing; set isolation and limits of those there.
 
-        No connection is dropped, and no guest removed.
+        With ``others``, set also the limits of contexts without a configuration.  No connection is
+        dropped, and no guest removed.
         """
         self._fabric.settings = settings
         self._audit.set_rate(settings.audit_rate)
         configured = {wanted.cid for wanted in settings.contexts}
-        for context in self._fabric.contexts:
+        for context in self._fabric.contexts if others else ():
             if context.cid not in configured:
                 context.set_limits(settings.limits if context.is_guest else settings.host_limits)
         by_name = {context.name: context for context in self._fabric.contexts}

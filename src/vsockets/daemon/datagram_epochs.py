@@ -72,12 +72,15 @@ _ROUTE = re.compile(r"\0vsock:\d+:\d+:([0-9a-f]{16}):[0-9a-f]+(?::\d+)?")
 class EarlierEpochs:
     """The epochs of the vsockds that have crashed in a state folder, recorded in ``file``."""
 
-    def __init__(self, file: Path) -> None:
+    def __init__(self, file: Path, own: str = "") -> None:
+        """Read the file; ``own`` is the epoch that this vsockd has taken over."""
         self._file = file
         self._epochs: list[str] = []
         with contextlib.suppress(FileNotFoundError):
             words = file.read_text(errors="replace").split()
-            self._epochs = [word for word in words if _EPOCH.fullmatch(word)][-_REMEMBERED:]
+            self._epochs = [word for word in words if word != own and _EPOCH.fullmatch(word)][
+                -_REMEMBERED:
+            ]
 
     def record(self, epoch: str) -> None:
         """Record that a vsockd of ``epoch`` binds sockets from now on."""

@@ -36,6 +36,7 @@ from ..fabric import Context, Denied, Endpoint, Fabric, Party, Refused, Rule
 from ..limits import DATAGRAM_ROUTES_MAX
 from ..protocol import encode_source
 from .datagram_epochs import end_sockets, is_other_epoch, socket_name
+from .handover import Reader, Saved, Writer
 from .limits import (
     DAEMON_PROBES_PER_BIND,
     DAEMON_PROBES_PER_STEP,
@@ -130,6 +131,20 @@ class DatagramQuota:
 
     def __bool__(self) -> bool:
         return bool(self._routes or self._draining)
+
+    @property
+    def routes(self) -> list[Route]:
+        """The routes that are not revoked, the oldest first."""
+        return list(self._routes)
+
+    @property
+    def draining(self) -> list[Route]:
+        """Revoked routes with unread bytes."""
+        return list(self._draining)
+
+    def drain(self, sock: _socket.socket) -> None:
+        """Count a route that was revoked earlier until its datagrams are read."""
+        Route(sock, DatagramSocket("", -1, self), (0, 0), {}).revoke()
 
     @property
     def needs_watching(self) -> bool:
@@ -289,6 +304,69 @@ class Datagrams:
 
     def __len__(self) -> int:
         return len(self._by_cookie)
+
+    def save(self, writer: Writer) -> Saved:
+        """Return all sockets and routes for the next vsockd.  Links have been saved before."""
+        contexts = {id(routes): context.cid for context, routes in self._inbound.items()}
+        shares = []
+        for party, share in self._shares.items():
+            routes = [
+                (
+                    writer.descriptor(route.sock.fileno()),
+                    writer.receiver(route.sender),
+                    route.destination,
+                    contexts[id(route.inbound)],
+                )
+                for route in share.quota.routes
+            ]
+            shares.append(
+                {
+                    "context": share.context.cid,
+                    "party": writer.party(party),
+                    "sockets": [
+                        (writer.endpoint(one), writer.receiver(_socket_of(one)))
+                        for one in share.sockets
+                    ],
+                    "routes": routes,
+                    "draining": [
+                        writer.descriptor(route.sock.fileno()) for route in share.quota.draining
+                    ],
+                }
+            )
+        owners = {share.quota: number for number, share in enumerate(self._shares.values())}
+        receivers = [
+            (one.name, writer.descriptor(one.node), owners[one.quota]) for one in writer.receivers
+        ]
+        names = next(self._names)
+        return {"epoch": self.epoch, "names": names, "shares": shares, "receivers": receivers}
+
+    def restore(self, reader: Reader, saved: Saved) -> None:
+        """Add the sockets and routes that the previous vsockd has saved."""
+        self.epoch, self._names = saved["epoch"], count(saved["names"])
+        shares = [
+            self._share(reader.party(one["party"]), reader.context(one["context"]))
+            for one in saved["shares"]
+        ]
+        for name, node, owner in saved["receivers"]:
+            receiver = DatagramSocket(name, reader.descriptors[node], shares[owner].quota)
+            reader.receivers.append(receiver)
+        for share, one in zip(shares, saved["shares"], strict=True):
+            for number, at in one["sockets"]:
+                endpoint = reader.endpoints[number]
+                endpoint.handle = reader.receivers[at]
+                self._by_cookie[endpoint.cookie] = endpoint
+                share.sockets[endpoint] = None
+            for fd in one["draining"]:
+                share.quota.drain(reader.socket(fd, SOCK_DGRAM))
+        for one in saved["shares"]:
+            for fd, sender, destination, cid in one["routes"]:
+                inbound = self._inbound.setdefault(reader.context(cid), {})
+                sock = reader.socket(fd, SOCK_DGRAM)
+                Route(sock, reader.receivers[sender], tuple(destination), inbound)
+        for party in list(self._shares):
+            self._watch_quota(party)
+        if self._shares:
+            self._sweep_later()
 
     def adopt(self, endpoint: Endpoint, sock: _socket.socket) -> None:
         """Make ``sock`` the socket of ``endpoint``.

@@ -33,6 +33,7 @@ import _socket
 import contextlib
 import errno
 import logging
+from collections.abc import Iterable
 from dataclasses import replace
 from select import EPOLLOUT
 from socket import (
@@ -73,6 +74,8 @@ from ..model.byte_meter import ByteMeter, Moved
 from ..model.constants import VMADDR_CID_HOST, VMADDR_PORT_ANY
 from ..protocol import REQUEST_SIZE, Op, ProtocolError, Record, Request, Role
 from .channel import PEEK, READ, Channel, close_unwanted, has_too_many_unwanted, send_descriptor
+from .datagrams import DatagramSocket
+from .handover import Reader, Saved, Writer
 from .limits import CAPTURE_BUFFER_MAX_BYTES
 from .socket_queries import moved_in, report_bytes
 
@@ -97,21 +100,24 @@ class HostPorts:
         guest: Context,
         program: Program,
         link: _socket.socket,
+        reported: Iterable[int] | None = None,
     ) -> None:
         """Report over ``link`` the host's ports that ``guest`` can connect to.
 
-        ``program`` stands for the programs of the guest in access checks.
+        ``program`` stands for the programs of the guest in access checks.  The ports ``reported``
+        were reported by an earlier vsockd.
         """
         self._loop = loop
         self._fabric = fabric
         self._guest = guest
         self._program = program
         self._link = link
-        self._reported: set[int] = set()
+        self.reported = set(reported or ())
         self._unchecked: dict[int, None] = {}  # ports to look up, in order
         self._link_full = False  # True: reports wait for space on the link
         fabric.watchers.append(self._changed)
-        self.refresh()
+        if reported is None:
+            self.refresh()
 
     def close(self) -> None:
         """Stop reporting; call it before the link is closed."""
@@ -125,7 +131,7 @@ class HostPorts:
             for holder in host.connected.values()
             if isinstance(holder, Endpoint) and holder.listening
         ]
-        self._unchecked.update(dict.fromkeys([*self._reported, *listening]))
+        self._unchecked.update(dict.fromkeys([*self.reported, *listening]))
         self.send_changes()
 
     def _changed(self, endpoint: Endpoint) -> None:
@@ -137,7 +143,7 @@ class HostPorts:
         while self._unchecked:
             port = next(iter(self._unchecked))
             there = self._is_reachable(port)
-            if there != (port in self._reported):
+            if there != (port in self.reported):
                 role = Role.LISTENING if there else Role.NOT_LISTENING
                 try:
                     self._link.send(Record(0, 0, VMADDR_CID_HOST, port, role=role).encode(), _SEND)
@@ -145,7 +151,7 @@ class HostPorts:
                     break
                 except OSError:
                     return  # closed; the link's reader notices
-                self._reported ^= {port}
+                self.reported ^= {port}
             del self._unchecked[port]
         if self._link_full != bool(self._unchecked):
             self._link_full = not self._link_full
@@ -200,6 +206,23 @@ class HandoffLink:
         self._pending: dict[tuple[int, int, int], PendingConnect] = {}
         link.setblocking(False)
         loop.watch(link.fileno(), self._ready)
+
+    def save(self, writer: Writer) -> Saved:
+        """Return the link for the next vsockd."""
+        return {
+            "context": self._context.cid,
+            "socket": writer.descriptor(self._sock.fileno()),
+            "pending": [
+                (key, writer.channel(one.channel), one.cookie) for key, one in self._pending.items()
+            ],
+        }
+
+    def restore(self, reader: Reader, saved: Saved) -> None:
+        """Add the pending connections that the previous vsockd has saved."""
+        for key, channel, cookie in saved["pending"]:
+            pending = PendingConnect(reader.channels[channel], cookie)
+            self._pending[tuple(key)] = pending
+            pending.channel.party.pending += 1
 
     @property
     def is_open(self) -> bool:
@@ -343,6 +366,26 @@ class HandoffChannel(DeviceChannel):
 class DeviceLink(HandoffLink):
     """A device's link to vsockd."""
 
+    def save(self, writer: Writer) -> Saved:
+        """Return the link for the next vsockd."""
+        device, ports, datagrams = self._context.device, self._host_ports, self._datagrams
+        assert device is not None
+        return {
+            **super().save(writer),
+            "credentials": self._credentials,
+            "seqpacket": device.seqpacket,
+            "host_ports": None if ports is None else sorted(ports.reported),
+            "datagrams": (
+                writer.receiver(datagrams) if isinstance(datagrams, DatagramSocket) else None
+            ),
+        }
+
+    def restore(self, reader: Reader, saved: Saved) -> None:
+        """Add what the previous vsockd has saved."""
+        super().restore(reader, saved)
+        if saved["datagrams"] is not None:
+            self.set_datagrams(reader.receivers[saved["datagrams"]])
+
     def __init__(
         self,
         loop: EventLoop,
@@ -352,11 +395,12 @@ class DeviceLink(HandoffLink):
         credentials: Credentials,
         seqpacket: bool,
         host_ports: bool,
+        reported: Iterable[int] | None = None,
     ) -> None:
         """Attach a device to ``context``.
 
         ``seqpacket``: the guest supports SOCK_SEQPACKET.  ``host_ports``: report the host's
-        listening ports to the device.
+        listening ports to the device, except those ``reported`` by an earlier vsockd.
 
         Raises Refused with EINVAL (``context`` is not a guest's) or EBUSY (it has a device).
         """
@@ -373,7 +417,7 @@ class DeviceLink(HandoffLink):
         context.device = DevicePorts(credentials, self, None, seqpacket)
         if host_ports:
             program = DeviceChannel(link, context, EndpointKind.STREAM, credentials)
-            self._host_ports = HostPorts(loop, broker.fabric, context, program, link)
+            self._host_ports = HostPorts(loop, broker.fabric, context, program, link, reported)
 
     def close(self) -> None:
         """Detach the device from its context, so that no program can reach the guest's ports."""

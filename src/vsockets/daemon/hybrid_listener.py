@@ -39,6 +39,7 @@ from .broker import Broker
 from .channel import Channel
 from .credentials import peer_credentials
 from .device_link import HandoffLink
+from .handover import Reader, Saved, Writer
 from .limits import CONTROL_BACKLOG_MAX
 
 log = logging.getLogger(__name__)
@@ -60,9 +61,25 @@ class HybridChannel(Channel):
 
     connect_flags = int(RequestFlag.OK_LINE)
 
-    def __init__(self, sock: _socket.socket, host: Context, cid: int) -> None:
+    def save(self, writer: Writer) -> Saved:
+        """Return the channel for the next vsockd."""
+        return {**super().save(writer), "cid": self._cid, "line": self._line.received.hex()}
+
+    @classmethod
+    def restore(cls, reader: Reader, saved: Saved) -> HybridChannel:
+        """Return a channel that the previous vsockd has saved."""
+        plain = Channel.restore(reader, saved)
+        channel = cls(plain.sock, plain.context, saved["cid"], plain.credentials)
+        channel.watch = plain.watch
+        if saved["line"]:
+            channel._line.take(bytes.fromhex(saved["line"]))
+        return channel
+
+    def __init__(
+        self, sock: _socket.socket, host: Context, cid: int, credentials: Credentials
+    ) -> None:
         """Serve a client that may connect to ports of the guest with ``cid``."""
-        super().__init__(sock, host, EndpointKind.STREAM, peer_credentials(sock))
+        super().__init__(sock, host, EndpointKind.STREAM, credentials)
         self._cid = cid
         self._line = Connect()
 
@@ -109,8 +126,11 @@ class HybridListener:
         context: Context,
         path: Path,
         relay: Sequence[str],
+        taken: tuple[Reader, Saved] | None = None,
     ) -> None:
         """Create the socket and accept connections; ``relay`` is the relay process's command.
+
+        ``taken`` is what the previous vsockd has saved of it.
 
         Raises OSError when it cannot be created.
         """
@@ -119,7 +139,10 @@ class HybridListener:
         self._context = context
         self._host = broker.fabric.contexts.host
         self._relay_command = relay
-        self._relay: _Relay | None = None
+        self._relay: Relay | None = None
+        if taken is not None:
+            self._restore(*taken, path)
+            return
         try:
             self._file = SocketFile(path)
         except OSError as error:
@@ -140,8 +163,34 @@ class HybridListener:
             whose = f" (for user {context.owner}, its owner)" if self._as_owner else ""
             raise OSError(error.errno, f"hybrid: {path}: {error.strerror}{whose}") from None
         listener.listen(CONTROL_BACKLOG_MAX)
-        self._acceptor = Acceptor(loop, listener, f"a program at {path}", self._admit)
-        context.fallback = self._find
+        self._accept(listener)
+
+    def _accept(self, listener: socket.socket) -> None:
+        who = f"a program at {self._file.where}"
+        self._acceptor = Acceptor(self._loop, listener, who, self._admit)
+        self._context.fallback = self._find
+
+    def save(self, writer: Writer) -> Saved:
+        """Return the listener for the next vsockd."""
+        relay = self._relay if self._relay is not None and self._relay.is_open else None
+        return {
+            "folder": writer.descriptor(self._file.folder),
+            "made": self._file.made,
+            "as_owner": self._as_owner,
+            "listener": writer.descriptor(self._acceptor.listener.fileno()),
+            "relay": writer.link(relay),
+        }
+
+    def _restore(self, reader: Reader, saved: Saved, path: Path) -> None:
+        self._file = SocketFile(path, reader.descriptors[saved["folder"]], saved["made"])
+        self._as_owner = saved["as_owner"]
+        if saved["relay"] is not None:
+            relay = reader.links[saved["relay"]]
+            assert isinstance(relay, Relay)
+            self._relay = relay
+        listener = socket.socket(fileno=reader.descriptors[saved["listener"]])
+        listener.setblocking(False)
+        self._accept(listener)
 
     def close(self) -> None:
         """Stop accepting connections and remove the socket."""
@@ -158,7 +207,8 @@ class HybridListener:
 
     def _admit(self, fd: int) -> None:
         sock = _socket.socket(socket.AF_UNIX, socket.SOCK_STREAM, 0, fd)
-        self._broker.serve_first(HybridChannel(sock, self._host, self._context.cid))
+        credentials = peer_credentials(sock)
+        self._broker.serve_first(HybridChannel(sock, self._host, self._context.cid, credentials))
 
     # Ports of the host without a listener of the fabric
 
@@ -176,7 +226,7 @@ class HybridListener:
             return None
         if self._relay is None or not self._relay.is_open:
             arguments = self._relay_command, self._file, self._context.owner
-            self._relay = _Relay(self._loop, self._broker, *arguments)
+            self._relay = Relay.start(self._loop, self._broker, *arguments)
         user, group = found.st_uid, found.st_gid
         return Endpoint(
             kind,
@@ -191,12 +241,22 @@ class HybridListener:
         )
 
 
-class _Relay(HandoffLink):
+class Relay(HandoffLink):
     """The relay process, which connects to unix sockets that stand for ports of the host."""
 
-    def __init__(
-        self, loop: EventLoop, broker: Broker, command: Sequence[str], file: SocketFile, user: int
-    ) -> None:
+    def __init__(self, loop: EventLoop, broker: Broker, link: _socket.socket, pid: int) -> None:
+        super().__init__(loop, broker, broker.fabric.contexts.host, link)
+        self.pid = pid
+
+    def save(self, writer: Writer) -> Saved:
+        """Return the link for the next vsockd."""
+        return {**super().save(writer), "pid": self.pid}
+
+    @classmethod
+    def start(
+        cls, loop: EventLoop, broker: Broker, command: Sequence[str], file: SocketFile, user: int
+    ) -> Relay:
+        """Start a relay for the unix sockets beside ``file``.  Raises OSError."""
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         command = [*command, file.name, str(file.folder), str(user)]
         try:
@@ -205,8 +265,7 @@ class _Relay(HandoffLink):
         except OSError:
             ours.close()
             raise
-        self.pid = process.pid
-        super().__init__(loop, broker, broker.fabric.contexts.host, ours)
+        return cls(loop, broker, ours, process.pid)
 
 
 @contextlib.contextmanager

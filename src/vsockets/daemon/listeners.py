@@ -36,6 +36,7 @@ from ..limits import LISTEN_BACKLOG_MAX
 from ..model.constants import VMADDR_CID_ANY, VMADDR_PORT_ANY
 from ..protocol import RECORD_SIZE, Record, RequestFlag, Role, encode_stream
 from .channel import SHORTAGE, Channel, Listener
+from .handover import Reader, Saved, Writer
 from .limit_checks import require_unreserved
 from .limits import DAEMON_UNREAD_REPLIES_MAX
 from .named_sockets import NamedSocket
@@ -92,6 +93,27 @@ class NamedListener(Listener):
         self._tokens: deque[_socket.socket] = deque()  # tokens of the pending connections
         self._next_token: _socket.socket | None = None  # the token for the next connection
         self._idle_token: _socket.socket | None = None  # a connected token without a record yet
+
+    def save(self, writer: Writer) -> Saved:
+        """Return the listener for the next vsockd."""
+        tokens = [writer.descriptor(token.fileno()) for token in self._tokens]
+        return {
+            **super().save(writer),
+            "name": self._named.name,
+            "node": writer.descriptor(self._named.node),
+            "type": self._type,
+            "tokens": tokens,
+            "next_token": writer.descriptor_of(self._next_token),
+            "idle_token": writer.descriptor_of(self._idle_token),
+        }
+
+    def restore(self, reader: Reader, saved: Saved) -> None:
+        """Set what the previous vsockd has saved."""
+        super().restore(reader, saved)
+        for token in saved["tokens"]:
+            self._tokens.append(reader.socket(token, self._type))
+        self._next_token = reader.socket_or_none(saved["next_token"], self._type)
+        self._idle_token = reader.socket_or_none(saved["idle_token"], self._type)
 
     def replace(self, sock: NamedSocket, type_: int) -> None:
         """Replace the program's socket by another one that it has created for the same endpoint."""
@@ -170,6 +192,18 @@ class NamedListener(Listener):
             if token is not None:
                 token.close()
         self._next_token = self._idle_token = None
+
+
+def restore_listener(reader: Reader, channel: Channel, saved: Saved) -> Listener:
+    """Return the listener of a channel, as the previous vsockd has saved it."""
+    listener: Listener
+    if saved["class"] == AnnouncedListener.__name__:
+        listener = AnnouncedListener(channel)
+    else:
+        named = NamedSocket(saved["name"], reader.descriptors[saved["node"]])
+        listener = NamedListener(channel, named, saved["type"])
+    listener.restore(reader, saved)
+    return listener
 
 
 def _announcement_cost() -> int:

@@ -25,6 +25,7 @@ import select
 from collections.abc import Callable
 
 from .._linux.libc import EpollEvent, last_error
+from .handover import Reader, Saved, Writer
 from .limits import DAEMON_STREAM_GROUPS_MAX, DAEMON_STREAMS_PER_GROUP
 
 _EPOLL_CTL_ADD, _EPOLL_CTL_MOD = 1, 3
@@ -43,8 +44,9 @@ class Group:
 
     __slots__ = ("_epoll", "_registrations", "fd", "inodes", "numbers", "registered")
 
-    def __init__(self) -> None:
-        self._epoll = select.epoll()
+    def __init__(self, epoll: select.epoll | None = None) -> None:
+        """Start with ``epoll``, which an earlier vsockd has registered streams in, or without."""
+        self._epoll = select.epoll() if epoll is None else epoll
         self.fd = self._epoll.fileno()
         # Kept open, so that the group can be checked when no descriptor is left.
         self._registrations = os.open(f"/proc/self/fdinfo/{self.fd}", os.O_RDONLY | os.O_CLOEXEC)
@@ -70,6 +72,24 @@ class Group:
             if _epoll_ctl(self.fd, _EPOLL_CTL_MOD, fd, _EVENT_AT) != 0:
                 raise last_error() from None
             self.numbers.add(number)
+
+    def save(self, writer: Writer) -> Saved:
+        """Return the group for the next vsockd."""
+        return {
+            "epoll": writer.descriptor(self.fd),
+            "numbers": list(self.numbers),
+            "registered": self.registered,
+            "inodes": self.inodes,
+        }
+
+    @classmethod
+    def restore(cls, reader: Reader, saved: Saved) -> Group:
+        """Return a group that the previous vsockd has saved."""
+        group = cls(select.epoll.fromfd(reader.descriptors[saved["epoll"]]))
+        group.numbers.update(saved["numbers"])
+        group.registered = saved["registered"]
+        group.inodes = saved["inodes"]
+        return group
 
     def close(self) -> None:
         """Close the group's epoll."""
@@ -116,7 +136,34 @@ class StreamLiveness:
 
     def open(self) -> None:
         """Start watching.  Call it after vsockd has forked: it opens ``/proc/self``."""
-        self._use(self._new_group())
+        if self._current is None:
+            self._use(self._new_group())
+
+    def save(self, writer: Writer) -> Saved:
+        """Return all groups for the next vsockd."""
+        writer.groups.update({group: at for at, group in enumerate(self._groups.values())})
+        return {
+            "groups": [group.save(writer) for group in self._groups.values()],
+            "current": writer.group(self._current),
+            "filled": writer.group(self._filled),
+            "with_room": [writer.group(group) for group in self._with_room],
+            "room": [self._room, self._checked_room],
+            "inodes": list(self._by_inode.items()),
+        }
+
+    def restore(self, reader: Reader, saved: Saved) -> None:
+        """Add the groups that the previous vsockd has saved."""
+        for one in saved["groups"]:
+            group = Group.restore(reader, one)
+            self._events.register(group.fd, select.EPOLLIN)
+            self._groups[group.fd] = group
+            reader.groups.append(group)
+        current, filled = saved["current"], saved["filled"]
+        self._current = None if current is None else reader.groups[current]
+        self._filled = None if filled is None else reader.groups[filled]
+        self._with_room = {reader.groups[number]: None for number in saved["with_room"]}
+        self._room, self._checked_room = saved["room"]
+        self._by_inode = dict(saved["inodes"])
 
     def add(self, fd: int, number: int) -> Group:
         """Register the stream that ``fd`` is one end of.  ``number`` fits 31 bits.

@@ -34,6 +34,7 @@ from .._linux.sockets import cookie_of
 from ..eventloop.loop import EventLoop
 from ..fabric import Connection, Fabric
 from .channel import Channel
+from .handover import Reader, Saved, Writer, restore_connection, save_connection
 from .limits import (
     DISCONNECT_AT_ONCE_SECONDS,
     DISCONNECT_LONGEST_RETRY_SECONDS,
@@ -87,6 +88,11 @@ class Disconnector:
         if self._remaining and self._delay is None:
             self._delay = DISCONNECT_RETRY_SECONDS
             self._loop.call_later(self._delay, self._try_again)
+        return list(self._remaining.values())
+
+    @property
+    def remaining(self) -> list[Connection]:
+        """The connections that could not be disconnected yet."""
         return list(self._remaining.values())
 
     def problem(self, connection: Connection) -> str:
@@ -298,6 +304,32 @@ class Streams:
         self._disconnector = Disconnector(loop, deferred)
         self._new_streams = 0
         self._reap_delay: float | None = None  # None: no timer is set
+        self._to_disconnect: list[Connection] = []  # of the previous vsockd
+
+    def save(self, writer: Writer) -> Saved:
+        """Return all streams, and those to be disconnected, for the next vsockd."""
+        return {
+            "liveness": self._liveness.save(writer),
+            "connections": [
+                save_connection(writer, one) for one in self._fabric.connections.values()
+            ],
+            "remaining": [save_connection(writer, one) for one in self._disconnector.remaining],
+        }
+
+    def restore(self, reader: Reader, saved: Saved) -> None:
+        """Add the streams that the previous vsockd has saved; their endpoints are there already."""
+        self._liveness.restore(reader, saved["liveness"])
+        for row in saved["connections"]:
+            one = restore_connection(reader, row)
+            self._fabric.connections[one.number] = one
+        self._to_disconnect = [restore_connection(reader, row) for row in saved["remaining"]]
+
+    def resume(self) -> None:
+        """Continue what the previous vsockd had begun."""
+        if self._to_disconnect:
+            self._disconnector.disconnect(self._to_disconnect)
+            self._to_disconnect = []
+        self.reap_sometimes()
 
     def open(self) -> None:
         """Start detecting the end of streams.  Call it after vsockd has forked."""

@@ -33,14 +33,23 @@ from ..state_folder import (
     require_private,
 )
 from .admin import reports
-from .admin.audit import Audit, Events
+from .admin.audit import Audit, Events, Topic
 from .admin.control import ControlHandlers, ControlSocket
 from .broker import Broker
 from .configuration import ConfigurationError, load
 from .context_manager import ContextManager, Trash, remove_folder
 from .crash_records import How, IsolatedGuests, Start
 from .datagram_epochs import EarlierEpochs
+from .handover import Reader, Saved, Writer
 from .limits import DAEMON_SLOW_CALL_SECONDS
+from .succession import (
+    FORWARDED,
+    Predecessor,
+    Successor,
+    adopt_orphans,
+    restore_broker,
+    save_broker,
+)
 
 log = logging.getLogger(__name__)
 
@@ -101,51 +110,128 @@ class AlreadyRunning(Exception):
 class Vsockd:
     """The daemon: one fabric in one state folder, which becomes the current directory."""
 
-    def __init__(self, folder: Path, start: Start, relay: Sequence[str]) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        start: Start,
+        relay: Sequence[str],
+        successor: Sequence[str],
+        predecessor: Predecessor | None = None,
+    ) -> None:
         """Prepare to serve in the state folder ``folder``, and lock it.
 
-        ``relay`` is the command that starts the hybrid relay.
+        ``relay`` is the command that starts the hybrid relay, ``successor`` the one of
+        :class:`.succession.Successor`.  With a ``predecessor``, take over what it has.
 
         Raises AlreadyRunning, ConfigurationError, OtherwiseStarted, or OSError if the folder cannot
         be used.
         """
         self._configuration = start.configuration
-        settings = load(self._configuration)
+        self._settings = settings = load(self._configuration)
+        if predecessor is not None:
+            predecessor.receive()
         self.folder = folder.absolute()
-        self._started = time.time()
         self._watch: FolderWatch | None = None
         self._is_lost = False
-        self._lock = _lock(self.folder)
-        # A path through this descriptor stays valid when the folder is moved or replaced.
-        place = os.open(self.folder, os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
-        self._held = held = Path(f"/proc/self/fd/{place}")
-        start.require_admitted(held / START)
-        start.write(held / START)
-        self._is_service = start.how is How.SERVICE
+        self._command = successor
+        self._successor: Successor | None = None
+        self._replacing: list[Callable[[str], None]] = []  # to be called if it cannot take over
+        self._predecessor = predecessor
+        self.is_replaced = False  #: whether a successor serves instead
+        self.is_stopping = False  #: whether it is to end, or its successor is
+        self._lifeline: int | None = None
+        if predecessor is None:
+            self._held = held = self._open_folder(start)
+        else:
+            self._held = held = self._take_folder(predecessor)
         private = held / PRIVATE
         with contextlib.suppress(FileExistsError):
             private.mkdir(mode=0o700)
         os.chdir(private)
-        self._earlier_epochs = EarlierEpochs(private / LIVES)
+        epoch = "" if predecessor is None else predecessor.state["datagrams"]["epoch"]
+        self._earlier_epochs = EarlierEpochs(private / LIVES, epoch)
         self._trash = Trash(private / TRASH)
-        _clean(held, self._trash)
+        if predecessor is None:
+            _clean(held, self._trash)
         _raise_descriptor_limit()
         self.loop = EventLoop()
         self.events = Events()
         self.fabric = Fabric(os.geteuid())
+        self.fabric.settings = settings
         audit = Audit(self.events, settings.audit_rate)
         self.broker = Broker(self.loop, self.fabric, audit)
-        self._earlier_epochs.record(self.broker.datagrams.epoch)
+        self._isolated = IsolatedGuests(private / ISOLATED)
         self.contexts = ContextManager(
             *(self.folder, held, self._trash, self.loop, self.fabric, self.broker),
-            *(audit, self.events, IsolatedGuests(private / ISOLATED), relay),
+            *(audit, self.events, self._isolated, relay),
         )
-        self.contexts.configure(settings)
         handlers = ControlHandlers(
-            *(self.broker, self.contexts, self.events),
-            *(self.status, self.reload, self.stop_for_good),
+            broker=self.broker,
+            contexts=self.contexts,
+            events=self.events,
+            status=self.status,
+            reload=self.reload,
+            stop=self.stop_for_good,
+            replace=self.replace,
         )
+        if predecessor is not None:
+            self._control = self._restore(predecessor, handlers)
+            return
+        self._earlier_epochs.record(self.broker.datagrams.epoch)
+        self.contexts.open()
+        self.contexts.configure(settings)
         self._control = ControlSocket(self.loop, handlers, self.folder / CONTROL)
+
+    def _open_folder(self, start: Start) -> Path:
+        """Lock the state folder and record the start; return a path to the folder.
+
+        The path, through a descriptor, stays valid when the folder is moved or replaced.
+        """
+        self._started = time.time()
+        self._is_service = start.how is How.SERVICE
+        self._lock = _lock(self.folder)
+        flags = os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+        self._place = os.open(self.folder, flags)
+        held = Path(f"/proc/self/fd/{self._place}")
+        start.require_admitted(held / START)
+        start.write(held / START)
+        return held
+
+    def _take_folder(self, predecessor: Predecessor) -> Path:
+        """Take over the state folder and its lock; return a path as :meth:`_open_folder`."""
+        state, descriptors = predecessor.state, predecessor.descriptors
+        self._started, self._is_service = state["started"], state["is_service"]
+        self._lock, self._place = descriptors[state["lock"]], descriptors[state["place"]]
+        if state["lifeline"] is not None:
+            self._lifeline = descriptors[state["lifeline"]]
+        return Path(f"/proc/self/fd/{self._place}")
+
+    def _restore(self, predecessor: Predecessor, handlers: ControlHandlers) -> ControlSocket:
+        """Restore what the predecessor has saved, without serving yet."""
+        state = predecessor.state
+        reader = Reader(self.fabric, predecessor.descriptors)
+        restore_broker(reader, state, self.loop, self.broker)
+        # Guests of this vsockd, not of one that has crashed.
+        self._isolated.before.difference_update(one.cid for one in self.fabric.contexts)
+        self.contexts.restore(reader, state["listeners"])
+        taken = reader, state["control"]
+        return ControlSocket(self.loop, handlers, self.folder / CONTROL, taken)
+
+    def _take_over(self, predecessor: Predecessor) -> None:
+        """Begin to serve where the predecessor has ended."""
+        predecessor.confirm()
+        try:
+            self.contexts.configure(self._settings, others=False)
+        except (Refused, OSError) as error:
+            log.error("cannot apply the configuration: %s", error)
+        for context in self.fabric.contexts:
+            if context.device is not None:
+                context.device.streams.refresh()
+        self.broker.streams.resume()
+        pid = os.getpid()
+        log.info("vsockd was replaced: process %d serves", pid)
+        self.events.publish(Topic.VSOCKD, change="replaced", pid=pid)
+        self._control.answer_replaced(pid)
 
     def run(
         self, announce_ready: Callable[[], None] = lambda: None, lifeline: int | None = None
@@ -156,11 +242,13 @@ class Vsockd:
         ends when its other end is closed.  Return False if vsockd ended because programs could not
         find it any longer.
         """
+        if self._predecessor is not None:
+            self._take_over(self._predecessor)
         self.broker.streams.open()
         if lifeline is not None:
-            self.loop.watch(lifeline, lambda events: self.stop())
-        os.truncate(self._lock, 0)
-        os.pwrite(self._lock, f"{os.getpid()}\n".encode(), 0)
+            self._lifeline = lifeline
+        if self._lifeline is not None:
+            self.loop.watch(self._lifeline, lambda events: self.stop())
         try:
             with (
                 self.loop.signalled(
@@ -172,6 +260,8 @@ class Vsockd:
                 ),
                 self.loop.interrupting_calls(DAEMON_SLOW_CALL_SECONDS),
             ):
+                os.pwrite(self._lock, f"{os.getpid():<10}\n".encode(), 0)
+                signal.pthread_sigmask(signal.SIG_UNBLOCK, FORWARDED)
                 self._earlier_epochs.end(
                     self.loop, self.broker.deferred, self.broker.datagrams.epoch
                 )
@@ -180,27 +270,50 @@ class Vsockd:
                 announce_ready()
                 self.loop.run()
         finally:
-            if self._watch is not None:
-                self._watch.close()
-            self._control.close()
-            (self._held / CONTROL).unlink(missing_ok=True)
-            self.contexts.close()
-            all_ended = self.broker.datagrams.close()
-            os.chdir("/")
-            if all_ended:  # else the next vsockd searches
-                (self._held / PRIVATE / LIVES).unlink(missing_ok=True)
-            if not self._is_service:
-                (self._held / PRIVATE / ISOLATED).unlink(missing_ok=True)
-                (self._held / START).unlink(missing_ok=True)
-            self._trash.close()
-            with contextlib.suppress(OSError):  # the trash folder is not empty
-                (self._held / PRIVATE).rmdir()
-            for log_file in (self._held / LOG, logs.older(self._held / LOG)):
-                log_file.unlink(missing_ok=True)
-            # The lock file is removed while locked: see _lock for the counterpart.
-            (self._held / LOCK).unlink(missing_ok=True)
-            os.close(self._lock)
+            if not self.is_replaced:
+                self._clean_up()
         return not self._is_lost
+
+    def _clean_up(self) -> None:
+        if self._successor is not None:
+            self._successor.cancel()
+        if self._watch is not None:
+            self._watch.close()
+        self._control.close()
+        (self._held / CONTROL).unlink(missing_ok=True)
+        self.contexts.close()
+        all_ended = self.broker.datagrams.close()
+        os.chdir("/")
+        if all_ended:  # else the next vsockd searches
+            (self._held / PRIVATE / LIVES).unlink(missing_ok=True)
+        if not self._is_service:
+            (self._held / PRIVATE / ISOLATED).unlink(missing_ok=True)
+            (self._held / START).unlink(missing_ok=True)
+        self._trash.close()
+        with contextlib.suppress(OSError):  # the trash folder is not empty
+            (self._held / PRIVATE).rmdir()
+        for log_file in (self._held / LOG, logs.older(self._held / LOG)):
+            log_file.unlink(missing_ok=True)
+        # The lock file is removed while locked: see _lock for the counterpart.
+        (self._held / LOCK).unlink(missing_ok=True)
+        os.close(self._lock)
+
+    def leave(self, stay: bool) -> Path:
+        """Close everything, after a successor has taken over; return a path to the state folder.
+
+        With ``stay``, this process becomes the parent of all further successors.  The path is valid
+        in this process only.
+        """
+        assert self._successor is not None
+        place = os.dup(self._place)
+        if stay:
+            adopt_orphans()
+        elif self.is_stopping or signal.sigpending() & set(FORWARDED):
+            self._successor.stop()
+        self._successor.release()
+        os.closerange(3, place)
+        os.closerange(place + 1, os.sysconf("SC_OPEN_MAX"))
+        return Path(f"/proc/self/fd/{place}")
 
     def _watch_folder(self) -> None:
         try:
@@ -223,12 +336,51 @@ class Vsockd:
 
     def stop(self) -> None:
         """Shut down, after the reply to the current request."""
+        self.is_stopping = True
         self.loop.stop()
 
     def stop_for_good(self) -> None:
         """Shut down as :meth:`stop` does, so that no service manager starts this vsockd again."""
         self._is_service = False
         self.stop()
+
+    def replace(self, failed: Callable[[str], None]) -> None:
+        """Start a successor, which takes over when it is ready.
+
+        ``failed`` is called with the reason if it does not.
+
+        Raises OSError when it cannot be started.
+        """
+        if self._successor is None:
+            self._successor = Successor(self.loop, self._command, self._save, self._on_succession)
+        self._replacing.append(failed)
+
+    def _save(self) -> tuple[Saved, list[int]]:
+        writer = Writer(self.fabric)
+        lifeline = None if self._lifeline is None else writer.descriptor(self._lifeline)
+        state = {
+            "lock": writer.descriptor(self._lock),
+            "place": writer.descriptor(self._place),
+            "lifeline": lifeline,
+            "started": self._started,
+            "is_service": self._is_service,
+            "listeners": self.contexts.save(writer),
+            "control": self._control.save(writer),
+            **save_broker(writer, self.broker),
+        }
+        return state, writer.descriptors
+
+    def _on_succession(self, reason: str) -> None:
+        if not reason:
+            self.is_replaced = True
+            signal.pthread_sigmask(signal.SIG_BLOCK, FORWARDED)  # they are the successor's
+            self.loop.stop_at_once()
+            return
+        log.error("vsockd cannot be replaced, and continues: %s", reason)
+        self._successor = None
+        replacing, self._replacing = self._replacing, []
+        for failed in replacing:
+            failed(f"vsockd was not replaced: {reason}")
 
     def reload(self) -> None:
         """Read the configuration again.

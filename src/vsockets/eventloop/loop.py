@@ -97,6 +97,11 @@ class EventLoop:
         """Return from :meth:`run` after the current batch of events."""
         self._running = False
 
+    def stop_at_once(self) -> None:
+        """Return from :meth:`run` without any further callback; nothing is watched any longer."""
+        self._running = False
+        self._callbacks.clear()
+
     def run(self) -> None:  # noqa: C901 - hot loop
         """Serve events until :meth:`stop`.  An exception in a callback is logged, not fatal."""
         poll, callbacks, timers = self._poll, self._callbacks, self._timers
@@ -148,7 +153,11 @@ class EventLoop:
         writer.setblocking(False)
 
         def dispatch(events: int) -> None:
-            for number in reader.recv(4096):
+            try:
+                numbers = reader.recv(4096)
+            except BlockingIOError:
+                return
+            for number in numbers:
                 if call := calls.get(signal.Signals(number)):
                     call()
 
@@ -161,6 +170,7 @@ class EventLoop:
         finally:
             self.unwatch(self._wakeup)
             self._wakeup = -1
+            dispatch(0)  # one that has come in the loop's last turn
             signal.set_wakeup_fd(old_wakeup)
             for number, handler in old_handlers.items():
                 signal.signal(number, handler)
@@ -224,7 +234,7 @@ class Acceptor:
         admit: Callable[[int], float | None],
     ) -> None:
         self._loop = loop
-        self._listener = listener
+        self.listener = listener
         self._who = who
         # The C method, which typeshed leaves out: avoids an object that lives for microseconds.
         self._accept = listener._accept  # type: ignore[attr-defined]
@@ -233,12 +243,12 @@ class Acceptor:
 
     def close(self) -> None:
         """Stop accepting and close the listener."""
-        self._loop.unwatch(self._listener.fileno())
-        self._listener.close()
+        self._loop.unwatch(self.listener.fileno())
+        self.listener.close()
 
     def _watch(self) -> None:
-        if self._listener.fileno() >= 0:
-            self._loop.watch(self._listener.fileno(), self._ready)
+        if self.listener.fileno() >= 0:
+            self._loop.watch(self.listener.fileno(), self._ready)
 
     def _ready(self, events: int) -> None:
         try:
@@ -255,5 +265,5 @@ class Acceptor:
                 self._pause(seconds)
 
     def _pause(self, seconds: float) -> None:
-        self._loop.unwatch(self._listener.fileno())
+        self._loop.unwatch(self.listener.fileno())
         self._loop.call_later(seconds, self._watch)

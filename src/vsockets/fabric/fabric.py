@@ -49,7 +49,7 @@ class Fabric:
         self.watchers: list[Callable[[Endpoint], None]] = []
         #: counts of leased contexts that have been removed
         self.departed = Counts()
-        self._number = 0
+        self.last_number = 0
 
     # Binding
 
@@ -197,10 +197,10 @@ class Fabric:
             _require_scope(listener.context, bound)
             local = bound.address
             self.unbind(bound)
-        number = self._number % LAST_CONNECTION + 1
+        number = self.last_number % LAST_CONNECTION + 1
         while number in self.connections:
             number = number % LAST_CONNECTION + 1
-        self._number = number
+        self.last_number = number
         peer = (listener.context.cid, listener.port)
         connection = Connection(
             number, context, listener, local, peer, size, sizes, owner, party, cookie

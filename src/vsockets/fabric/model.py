@@ -82,7 +82,8 @@ class Ports(dict[int, Holder]):
         # Upwards from a random start through four billion ports: a released port is the last to
         # be assigned again, so a late packet or a slow peer of the old holder does not reach the
         # new one.
-        self._next = random.randint(_FIRST_EPHEMERAL, _LAST_EPHEMERAL)
+        #: the port that is assigned next, unless it is held
+        self.following = random.randint(_FIRST_EPHEMERAL, _LAST_EPHEMERAL)
 
     def claim(self, port: int, holder: Holder) -> None:
         """Assign ``port`` to ``holder``.
@@ -100,7 +101,7 @@ class Ports(dict[int, Holder]):
         the next call continues after those.
         """
         port = self.find_ephemeral()
-        self._next = _after(port)
+        self.following = _after(port)
         return port
 
     def find_ephemeral(self) -> int:
@@ -109,9 +110,9 @@ class Ports(dict[int, Holder]):
         Raises Refused as :meth:`next_ephemeral`.
         """
         for _ in range(EPHEMERAL_PORT_TRIES_MAX):
-            if self._next not in self:
-                return self._next
-            self._next = _after(self._next)
+            if self.following not in self:
+                return self.following
+            self.following = _after(self.following)
         raise Refused(
             errno.EADDRNOTAVAIL, f"{EPHEMERAL_PORT_TRIES_MAX} consecutive ports are in use"
         )
@@ -402,7 +403,7 @@ class Context:
         party = self._users.get(uid)
         if party is None:
             limited = self.cid == VMADDR_CID_HOST and uid not in (0, self.owner)
-            party = Party(f"user {uid} of the host", self.limits if limited else None)
+            party = Party(f"user {uid} of the host", self.limits if limited else None, uid)
             if len(self._users) >= self._many_users:
                 self._users = {uid: one for uid, one in self._users.items() if one.is_in_use}
                 self._many_users = max(HOST_USERS_REMEMBERED_MAX, 2 * len(self._users))
@@ -431,11 +432,12 @@ class Contexts:
         self._by_cid: dict[int, Context] = {}
         #: returns the context with a CID, or None
         self.get = self._by_cid.get
-        self._next = FIRST_GUEST_CID
+        #: the CID that is assigned next, unless it is in use
+        self.following = FIRST_GUEST_CID
         #: CIDs that are assigned only on explicit request
         self.reserved: Collection[int] = ()
-        self.hypervisor = self._put(Context(VMADDR_CID_HYPERVISOR, "hypervisor", owner))
-        self.host = self._put(Context(VMADDR_CID_HOST, "host", owner))
+        self.hypervisor = self.put(Context(VMADDR_CID_HYPERVISOR, "hypervisor", owner))
+        self.host = self.put(Context(VMADDR_CID_HOST, "host", owner))
 
     def __len__(self) -> int:
         return len(self._by_cid)
@@ -463,7 +465,7 @@ class Contexts:
                 raise Refused(errno.EEXIST, f"context {cid} exists")
             context.leases += 1
             return context
-        return self._put(Context(cid, name or f"guest-{cid}", owner, leased))
+        return self.put(Context(cid, name or f"guest-{cid}", owner, leased))
 
     def require(self, cid: int) -> Context:
         """Return the context with this CID.
@@ -488,15 +490,18 @@ class Contexts:
         del self._by_cid[cid]
         return context
 
-    def _put(self, context: Context) -> Context:
+    def put(self, context: Context) -> Context:
+        """Add a context whose CID is not in use; return it."""
         self._by_cid[context.cid] = context
         return context
 
     def _free_cid(self) -> int:
-        while self._next in self._by_cid or self._next in self.reserved:
-            self._next = self._next + 1 if self._next < LAST_GUEST_CID else FIRST_GUEST_CID
-        cid = self._next
-        self._next = cid + 1 if cid < LAST_GUEST_CID else FIRST_GUEST_CID
+        while self.following in self._by_cid or self.following in self.reserved:
+            self.following = (
+                self.following + 1 if self.following < LAST_GUEST_CID else FIRST_GUEST_CID
+            )
+        cid = self.following
+        self.following = cid + 1 if cid < LAST_GUEST_CID else FIRST_GUEST_CID
         return cid
 
 
@@ -525,12 +530,14 @@ class Party:
         "request_bucket",
         "routes",
         "sockets",
+        "uid",
         "unwanted",
     )
 
-    def __init__(self, name: str, limits: Limits | None) -> None:
+    def __init__(self, name: str, limits: Limits | None, uid: int = 0) -> None:
         """Start with no holdings; ``name`` is for messages, ``limits=None`` sets no limit."""
         self.name = name
+        self.uid = uid  #: of a user of the host
         #: ports held by its sockets: bound ones, and local ends of streams it opened
         self.sockets = 0
         #: routes from its datagram sockets to destinations, each a descriptor of vsockd

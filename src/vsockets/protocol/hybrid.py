@@ -44,7 +44,7 @@ class Line:
     word: bytes
 
     def __init__(self) -> None:
-        self._line = b""
+        self.received = b""  #: the bytes of the line so far
         self.port: int | None = None  #: the number, once the line is complete
 
     def take(self, data: bytes) -> int:
@@ -55,18 +55,18 @@ class Line:
         """
         if not data:
             raise OSError(errno.ECONNRESET, os.strerror(errno.ECONNRESET))
-        before = len(self._line)
-        self._line += data[: HYBRID_LINE_MAX_BYTES - before]
-        end = self._line.find(b"\n") + 1
+        before = len(self.received)
+        self.received += data[: HYBRID_LINE_MAX_BYTES - before]
+        end = self.received.find(b"\n") + 1
         if end:
-            self._line = self._line[:end]
+            self.received = self.received[:end]
             self._parse()
-        elif len(self._line) == HYBRID_LINE_MAX_BYTES:
+        elif len(self.received) == HYBRID_LINE_MAX_BYTES:
             self._fail()
-        return len(self._line) - before
+        return len(self.received) - before
 
     def _parse(self) -> None:
-        word, _, number = self._line[:-1].strip().partition(b" ")
+        word, _, number = self.received[:-1].strip().partition(b" ")
         number = number.strip()
         if word.upper() != self.word or not number.isdigit() or int(number) > LARGEST:
             self._fail()
@@ -76,7 +76,7 @@ class Line:
         word = self.word.decode()
         raise OSError(
             errno.EPROTO,
-            f"hybrid vsock: invalid line {self._line!r} (expected {word} and a number)",
+            f"hybrid vsock: invalid line {self.received!r} (expected {word} and a number)",
         )
 
 

@@ -28,6 +28,7 @@ class Topic(Enum):
     CONTEXT = "context"  #: a guest was added, removed, or changed its state
     DENIAL = "denial"  #: a request was denied: a line of the audit log
     DISCONNECT = "disconnect"  #: an administrator has disconnected a stream
+    VSOCKD = "vsockd"  #: vsockd was replaced
 
 
 class Events:
@@ -49,6 +50,10 @@ class Events:
     def unsubscribe(self, callback: Callable[[dict[str, Any]], None]) -> None:
         """Stop calling ``callback``.  Does nothing if it is not subscribed."""
         self._subscribers.pop(callback, None)
+
+    def topics_of(self, callback: Callable[[dict[str, Any]], None]) -> list[str]:
+        """Return the topics that ``callback`` is subscribed to."""
+        return sorted(topic.value for topic in self._subscribers.get(callback, ()))
 
     def publish(self, topic: Topic, **facts: Any) -> None:
         """Send an event to the subscribers of ``topic``."""

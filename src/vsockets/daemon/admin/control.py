@@ -6,6 +6,8 @@
 
 from __future__ import annotations
 
+import _socket
+import array
 import dataclasses
 import errno
 import json
@@ -34,6 +36,7 @@ from ..configuration import (
 from ..context_manager import ContextManager
 from ..credentials import peer_credentials
 from ..device_link import DeviceLink
+from ..handover import Reader, Saved, Writer
 from ..limits import CONTROL_REQUEST_MAX_BYTES, EVENTS_UNREAD_MAX_BYTES
 from . import reports
 from .audit import Events, Topic
@@ -49,35 +52,77 @@ class ControlHandlers:
     status: Callable[[], dict[str, Any]]
     reload: Callable[[], None]
     stop: Callable[[], None]
+    #: starts a replacement; its argument is called with the reason if that fails
+    replace: Callable[[Callable[[str], None]], None]
 
 
 class ControlSocket:
     """The listening socket at ``path``; a connection may carry any number of requests."""
 
-    def __init__(self, loop: EventLoop, handlers: ControlHandlers, path: Path) -> None:
+    def __init__(
+        self,
+        loop: EventLoop,
+        handlers: ControlHandlers,
+        path: Path,
+        taken: tuple[Reader, Saved] | None = None,
+    ) -> None:
+        """Create the socket, unless it is ``taken`` from the previous vsockd.  Raises OSError."""
         self._loop = loop
         self._handlers = handlers
-        listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
-        refuse_descriptors(listener)
-        with short_path(path) as spelled, file_mode(0o600):
-            listener.bind(spelled)
-        listener.listen()
+        self._sessions: set[ControlSession] = set()
+        if taken is not None:
+            reader, saved = taken
+            listener = socket.socket(fileno=reader.descriptors[saved["listener"]])
+            listener.setblocking(False)
+            for one in saved["sessions"]:
+                self._begin(reader.socket(one["socket"], socket.SOCK_STREAM)).restore(reader, one)
+        else:
+            listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
+            refuse_descriptors(listener)
+            with short_path(path) as spelled, file_mode(0o600):
+                listener.bind(spelled)
+            listener.listen()
         self._acceptor = Acceptor(loop, listener, "an administrator", self._admit)
+
+    def save(self, writer: Writer) -> Saved:
+        """Return the socket and its connections for the next vsockd."""
+        return {
+            "listener": writer.descriptor(self._acceptor.listener.fileno()),
+            "sessions": [session.save(writer) for session in self._sessions],
+        }
+
+    def answer_replaced(self, pid: int) -> None:
+        """Answer the administrators who have asked for this vsockd."""
+        for session in list(self._sessions):
+            session.answer_replaced({"ok": {"pid": pid}})
 
     def close(self) -> None:
         """Stop accepting connections."""
         self._acceptor.close()
 
     def _admit(self, fd: int) -> None:
-        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM, 0, fd)
-        sock.setblocking(False)
-        ControlSession(self._loop, self._handlers, sock)
+        self._begin(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM, 0, fd))
+
+    def _begin(self, sock: _socket.socket) -> ControlSession:
+        session = ControlSession(self._loop, self._handlers, sock, self._sessions.discard)
+        self._sessions.add(session)
+        return session
 
 
 class ControlSession:
     """One administrator's connection, and the leases that end with it."""
 
-    def __init__(self, loop: EventLoop, handlers: ControlHandlers, sock: socket.socket) -> None:
+    def __init__(
+        self,
+        loop: EventLoop,
+        handlers: ControlHandlers,
+        sock: _socket.socket,
+        ended: Callable[[ControlSession], None],
+    ) -> None:
+        """Serve ``sock``; ``ended`` is called when the administrator has closed it."""
+        sock.setblocking(False)
+        self._ended = ended
+        self._awaits_replacement = False
         self._loop = loop
         self._handlers = handlers
         self._sock = sock
@@ -96,6 +141,7 @@ class ControlSession:
             "reload": lambda _: handlers.reload(),
             "subscribe": self._subscribe,
             "stop": lambda _: handlers.stop(),
+            "replace": self._replace,
         }
         self._missed = 0
         self._descriptors: list[int] = []  # to send with the next reply
@@ -112,21 +158,64 @@ class ControlSession:
             return
         *lines, self._received = self._received.split(b"\n")
         for line in lines:
-            answer = json.dumps(self._answer(line)).encode() + b"\n"
-            # Replies fit the socket's buffer, or vsockd waits for the administrator to read.
-            self._sock.settimeout(1.0)
-            try:
-                if self._descriptors:
-                    socket.send_fds(self._sock, [answer], self._descriptors)
-                else:
-                    self._sock.sendall(answer)
-            except OSError:
-                self._close()
+            answer = self._answer(line)
+            if not (self._awaits_replacement or self._send(answer)):
                 return
-            finally:
-                while self._descriptors:
-                    os.close(self._descriptors.pop())
-            self._sock.setblocking(False)
+
+    def _send(self, answer: dict[str, Any]) -> bool:
+        """Send an answer; return False if the connection was closed."""
+        data = json.dumps(answer).encode() + b"\n"
+        # Replies fit the socket's buffer, or vsockd waits for the administrator to read.
+        self._sock.settimeout(1.0)
+        try:
+            if self._descriptors:
+                rights = array.array("i", self._descriptors)
+                self._sock.sendmsg([data], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, rights)])
+            else:
+                self._sock.sendall(data)
+        except OSError:
+            self._close()
+            return False
+        finally:
+            while self._descriptors:
+                os.close(self._descriptors.pop())
+        self._sock.setblocking(False)
+        return True
+
+    def save(self, writer: Writer) -> Saved:
+        """Return the connection for the next vsockd."""
+        contexts = self._handlers.broker.fabric.contexts
+        return {
+            "socket": writer.descriptor(self._sock.fileno()),
+            "received": self._received.hex(),
+            "leases": [one.cid for one in self._leases if contexts.get(one.cid) is one],
+            "topics": self._handlers.events.topics_of(self._send_event),
+            "missed": self._missed,
+            "awaits_replacement": self._awaits_replacement,
+        }
+
+    def restore(self, reader: Reader, saved: Saved) -> None:
+        """Set what the previous vsockd has saved."""
+        self._received = bytes.fromhex(saved["received"])
+        self._leases = [reader.context(cid) for cid in saved["leases"]]
+        self._missed = saved["missed"]
+        self._awaits_replacement = saved["awaits_replacement"]
+        if saved["topics"]:
+            topics = [Topic(topic) for topic in saved["topics"]]
+            self._handlers.events.subscribe(self._send_event, topics)
+
+    def answer_replaced(self, answer: dict[str, Any]) -> None:
+        """Answer a request for a replacement, if the administrator has made one."""
+        if self._awaits_replacement:
+            self._awaits_replacement = False
+            self._send(answer)
+
+    def _replace(self, request: Table) -> None:
+        def failed(reason: str) -> None:
+            self.answer_replaced({"error": reason, "errno": errno.EIO})
+
+        self._handlers.replace(failed)
+        self._awaits_replacement = True
 
     def _answer(self, line: bytes) -> dict[str, Any]:
         try:
@@ -146,6 +235,7 @@ class ControlSession:
         self._loop.unwatch(self._sock.fileno())
         self._handlers.events.unsubscribe(self._send_event)
         self._sock.close()
+        self._ended(self)
         for context in self._leases:
             self._handlers.contexts.end_lease(context)
 

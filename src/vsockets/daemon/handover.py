@@ -1,0 +1,288 @@
+"""The form in which one vsockd hands over what it has to the next one.
+
+Values are JSON; a descriptor is its position among those that are sent beside them.  Sockets,
+channels and links refer to each other, so each has a number, in the order of first mention.
+
+The classes that are handed over have a method ``save``, and ``restore`` or a parameter with what
+was saved.  :mod:`.succession` has the order of all of it, and the exchange between the two.
+"""
+
+from __future__ import annotations
+
+import _socket
+from typing import Any
+
+from ..fabric import (
+    Connection,
+    Context,
+    Counts,
+    Credentials,
+    Endpoint,
+    EndpointKind,
+    Fabric,
+    Isolation,
+    Limits,
+    Party,
+    Profile,
+    Rule,
+    State,
+    Trust,
+)
+from ..model.buffers import BufferSizes
+
+#: A saved object: values that JSON has.
+Saved = dict[str, Any]
+
+
+class Writer:
+    """The vsockd that hands over: numbers for its objects, and its descriptors."""
+
+    def __init__(self, fabric: Fabric) -> None:
+        self.descriptors: list[int] = []
+        self.endpoints: dict[Endpoint, int] = {}
+        # Of classes of modules that import this one: channels, links of devices and relays, groups
+        # of streams, and programs' datagram sockets.
+        self.channels: dict[Any, int] = {}
+        self.links: dict[Any, int] = {}
+        self.groups: dict[Any, int] = {}
+        self.receivers: dict[Any, int] = {}
+        self._parties = {
+            party: (context.cid, party.uid)
+            for context in fabric.contexts
+            for party in context.parties()
+        }
+
+    def descriptor(self, fd: int) -> int:
+        """Return the number for a descriptor."""
+        self.descriptors.append(fd)
+        return len(self.descriptors) - 1
+
+    def descriptor_of(self, sock: _socket.socket | None) -> int | None:
+        """Return the number for a socket's descriptor; None without a socket."""
+        return None if sock is None else self.descriptor(sock.fileno())
+
+    def party(self, party: Party | None) -> tuple[int, int] | None:
+        """Return the CID and user id of a party; None for one of a context that was removed."""
+        return None if party is None else self._parties.get(party)
+
+    def endpoint(self, endpoint: Endpoint | None) -> int | None:
+        """Return the number for an endpoint; None without one."""
+        if endpoint is None:
+            return None
+        return self.endpoints.setdefault(endpoint, len(self.endpoints))
+
+    def channel(self, channel: Any) -> int | None:
+        """Return the number for a channel; None without one."""
+        return None if channel is None else self.channels.setdefault(channel, len(self.channels))
+
+    def link(self, link: Any) -> int | None:
+        """Return the number for a link, -1 for one that was closed; None without one."""
+        if link is None:
+            return None
+        return self.links.setdefault(link, len(self.links)) if link.is_open else -1
+
+    def group(self, group: object) -> int | None:
+        """Return the number for a group of streams; None for one that was closed."""
+        return self.groups.get(group)
+
+    def receiver(self, receiver: Any) -> int:
+        """Return the number for a program's datagram socket."""
+        return self.receivers.setdefault(receiver, len(self.receivers))
+
+
+class Reader:
+    """The vsockd that takes over: the objects by their numbers, and the descriptors."""
+
+    def __init__(self, fabric: Fabric, descriptors: list[int]) -> None:
+        self.fabric = fabric
+        self.descriptors = descriptors
+        self.endpoints: list[Endpoint] = []
+        self.channels: list[Any] = []
+        self.links: list[Any] = []
+        self.groups: list[Any] = []
+        self.receivers: list[Any] = []
+        self._former = Party("a removed context", None)
+
+    def socket(self, number: int, type_: int) -> _socket.socket:
+        """Return the unix socket whose descriptor has a number."""
+        return _socket.socket(_socket.AF_UNIX, type_, 0, self.descriptors[number])
+
+    def socket_or_none(self, number: int | None, type_: int) -> _socket.socket | None:
+        """Return the unix socket whose descriptor has a number; None without a number."""
+        return None if number is None else self.socket(number, type_)
+
+    def context(self, cid: int) -> Context:
+        """Return the context with a CID; one of its own for a CID that is no longer in use."""
+        return self.fabric.contexts.get(cid) or Context(cid, "", 0)
+
+    def party(self, saved: tuple[int, int] | None) -> Party:
+        """Return a party by its CID and user id."""
+        return self._former if saved is None else self.context(saved[0]).party_of(saved[1])
+
+    def link(self, number: int) -> object:
+        """Return a link by its number; another object for -1, a closed one."""
+        return self if number < 0 else self.links[number]
+
+    def endpoint(self, number: int | None) -> Endpoint | None:
+        """Return an endpoint by its number."""
+        return None if number is None else self.endpoints[number]
+
+
+# The fabric's values
+
+
+def save_context(context: Context) -> Saved:
+    """Return a context without its sockets."""
+    isolation, limits = context.isolation, context.limits
+    return {
+        "cid": context.cid,
+        "name": context.name,
+        "owner": context.owner,
+        "leases": context.leases,
+        "isolation": [isolation.profile.value, isolation.unrestricted, isolation.domain],
+        "limits": [
+            limits.sockets,
+            limits.pending_connects,
+            limits.request_rate,
+            limits.datagram_bytes,
+        ],
+        "reserved_ports": context.reserved_ports,
+        "state": context.state.value,
+        "fault_tolerant": context.fault_tolerant,
+        "hybrid": context.hybrid,
+        "counts": save_counts(context.counts),
+        "following": [context.connected.following, context.datagrams.following],
+    }
+
+
+def restore_context(fabric: Fabric, saved: Saved) -> None:
+    """Add a context, or set the host's or the hypervisor's values."""
+    contexts = fabric.contexts
+    context = contexts.get(saved["cid"]) or contexts.put(
+        Context(saved["cid"], saved["name"], saved["owner"])
+    )
+    profile, unrestricted, domain = saved["isolation"]
+    context.leases = saved["leases"]
+    context.isolation = Isolation(Profile(profile), unrestricted, domain)
+    context.set_limits(Limits(*saved["limits"]))
+    context.reserved_ports = saved["reserved_ports"]
+    context.state = State(saved["state"])
+    context.fault_tolerant = saved["fault_tolerant"]
+    context.hybrid = saved["hybrid"]
+    restore_counts(context.counts, saved["counts"])
+    context.connected.following, context.datagrams.following = saved["following"]
+
+
+def save_counts(counts: Counts) -> Saved:
+    """Return a context's counters."""
+    return {
+        "connects": counts.connects,
+        "accepts": counts.accepts,
+        "refusals": counts.refusals,
+        "denials": {rule.value: number for rule, number in counts.denials.items()},
+    }
+
+
+def restore_counts(counts: Counts, saved: Saved) -> None:
+    """Set a context's counters."""
+    counts.connects, counts.accepts = saved["connects"], saved["accepts"]
+    counts.refusals = saved["refusals"]
+    counts.denials.update({Rule(rule): number for rule, number in saved["denials"].items()})
+
+
+def save_endpoint(writer: Writer, endpoint: Endpoint) -> Saved:
+    """Return an endpoint without its handle."""
+    context, trust = endpoint.context, endpoint.trust
+    ports = context.datagrams if endpoint.kind is EndpointKind.DATAGRAM else context.connected
+    return {
+        "kind": endpoint.kind.value,
+        "context": context.cid,
+        "cid": endpoint.cid,
+        "port": endpoint.port,
+        "owner": endpoint.owner,
+        "trust": trust and [trust.user, trust.privileged, sorted(trust.domains)],
+        "cookie": endpoint.cookie,
+        "has_cookie": context.cookies.get(endpoint.cookie) is endpoint,
+        "inode": endpoint.inode,
+        "listening": endpoint.listening,
+        "pending": endpoint.pending,
+        "sizes": endpoint.sizes,
+        "party": writer.party(endpoint.party),
+        "has_port": ports.get(endpoint.port) is endpoint,
+    }
+
+
+def restore_endpoint(reader: Reader, saved: Saved) -> Endpoint:
+    """Return an endpoint, which has its port again."""
+    trust, context = saved["trust"], reader.context(saved["context"])
+    endpoint = Endpoint(
+        EndpointKind(saved["kind"]),
+        context,
+        saved["cid"],
+        saved["port"],
+        Credentials(*saved["owner"]),
+        trust and Trust(trust[0], trust[1], frozenset(trust[2])),
+        saved["cookie"],
+        saved["inode"],
+        None,
+        saved["listening"],
+        saved["pending"],
+        BufferSizes(*saved["sizes"]),
+        None if saved["party"] is None else reader.party(saved["party"]),
+    )
+    if saved["has_port"]:
+        if endpoint.kind is EndpointKind.DATAGRAM:
+            context.datagrams[endpoint.port] = endpoint
+        else:
+            context.connected[endpoint.port] = endpoint
+        if endpoint.party is not None:
+            endpoint.party.sockets += 1
+    if saved["has_cookie"]:
+        context.cookies[endpoint.cookie] = endpoint
+    return endpoint
+
+
+def save_connection(writer: Writer, one: Connection) -> list[Any]:
+    """Return a connection, as a list: there may be very many."""
+    context = one.context
+    return [
+        one.number,
+        context.cid,
+        writer.endpoint(one.listener),
+        one.local,
+        one.peer,
+        one.size,
+        one.sizes,
+        one.owner,
+        writer.party(one.party),
+        one.cookie,
+        context.cookies.get(one.cookie) is one,
+        context.connected.get(one.local[1]) is one,
+        writer.group(one.watch),
+    ]
+
+
+def restore_connection(reader: Reader, saved: list[Any]) -> Connection:
+    """Return a connection, which has its port again if it had one."""
+    number, cid, listener, local, peer, size, sizes, owner, party, cookie, *rest = saved
+    has_cookie, has_port, group = rest
+    context = reader.context(cid)
+    one = Connection(
+        number,
+        context,
+        reader.endpoints[listener],
+        tuple(local),
+        tuple(peer),
+        size,
+        BufferSizes(*sizes),
+        Credentials(*owner),
+        reader.party(party),
+        cookie,
+        None if group is None else reader.groups[group],
+    )
+    if has_cookie:
+        context.cookies[cookie] = one
+    if has_port:
+        context.connected[one.local[1]] = one
+        one.party.sockets += 1
+    return one

@@ -1,0 +1,387 @@
+"""Replacing vsockd while it serves: everything it has goes to another process.
+
+The vsockd in office starts its successor, with a socket between the two::
+
+    successor                              predecessor
+      starts, imports, reads the configuration
+      "ready", format  ------------------>
+                                           serves no further request
+                       <------------------ state (JSON in a memory file), all descriptors
+      restores all of it, does nothing yet
+      "taken"          ------------------>
+                       <------------------ closes the socket, and ends without cleaning up
+      serves
+
+Requests wait in the kernel meanwhile.  Descriptors are copies until the predecessor ends: if the
+successor fails at any point before "taken", the predecessor goes on serving.
+
+Streams do not depend on vsockd.  The epolls that detect their end (:mod:`.stream_liveness`) are
+handed over as they are, so no stream has to be found again.
+"""
+
+from __future__ import annotations
+
+import array
+import contextlib
+import ctypes
+import errno
+import json
+import logging
+import os
+import signal
+import socket
+import subprocess
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+from .._linux.libc import check, libc
+from ..eventloop.loop import EventLoop
+from ..fabric import Credentials
+from ..state_folder import LOCK
+from .broker import Broker
+from .channel import Channel, Listener
+from .device_link import DeviceChannel, DeviceLink, HandoffChannel, HandoffLink
+from .handover import (
+    Reader,
+    Saved,
+    Writer,
+    restore_context,
+    restore_counts,
+    restore_endpoint,
+    save_context,
+    save_counts,
+    save_endpoint,
+)
+from .hybrid_listener import HybridChannel, Relay
+
+log = logging.getLogger(__name__)
+
+#: The format of the state.  A successor takes over this one and, if it ever changes, also the one
+#: of the release before.
+FORMAT = 1
+
+#: Seconds for the successor to start, and to restore the state.
+_START_SECONDS = 30.0
+_RESTORE_SECONDS = 5.0
+#: The kernel's limit of descriptors in one message.
+_DESCRIPTORS_MAX = 253
+_PR_SET_CHILD_SUBREAPER = 36
+#: The signals that vsockd handles.
+FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+_CHANNELS: dict[str, type[Channel]] = {
+    one.__name__: one for one in (Channel, DeviceChannel, HandoffChannel, HybridChannel)
+}
+
+
+# What the state consists of
+
+
+def save_broker(writer: Writer, broker: Broker) -> Saved:
+    """Return contexts, sockets, streams, links and datagram sockets."""
+    fabric = broker.fabric
+    contexts = list(fabric.contexts)
+    for context in contexts:
+        if context.device is not None:
+            writer.link(context.device.streams)
+    served = broker.save(writer)
+    links, channels, endpoints = _save_references(writer)
+    # Routes lead to endpoints that channels and connections do not mention.
+    datagrams = broker.datagrams.save(writer)
+    endpoints += [
+        save_endpoint(writer, one) | {"handle": None}
+        for one in list(writer.endpoints)[len(endpoints) :]
+    ]
+    return {
+        "contexts": [save_context(context) for context in contexts],
+        "following": fabric.contexts.following,
+        "departed": save_counts(fabric.departed),
+        "last_number": fabric.last_number,
+        "endpoints": endpoints,
+        "channels": channels,
+        "links": links,
+        "datagrams": datagrams,
+        "served": served,
+    }
+
+
+def _save_references(writer: Writer) -> tuple[list[Saved], list[Saved], list[Saved]]:
+    """Save the links, channels and endpoints that have been mentioned, and those they mention."""
+    links: list[Saved] = []
+    channels: list[Saved] = []
+    endpoints: list[Saved] = []
+    while True:
+        for link in list(writer.links)[len(links) :]:
+            links.append(link.save(writer))
+        for channel in list(writer.channels)[len(channels) :]:
+            channels.append(channel.save(writer))
+        for endpoint in list(writer.endpoints)[len(endpoints) :]:
+            handle = _save_handle(writer, endpoint.handle)
+            endpoints.append(save_endpoint(writer, endpoint) | {"handle": handle})
+        done = len(links), len(channels), len(endpoints)
+        if done == (len(writer.links), len(writer.channels), len(writer.endpoints)):
+            return links, channels, endpoints
+
+
+def _save_handle(writer: Writer, handle: object) -> tuple[str, int | None] | None:
+    if isinstance(handle, HandoffLink):
+        return "link", writer.link(handle)
+    if isinstance(handle, Channel):
+        return "channel", writer.channel(handle)
+    if isinstance(handle, Listener):
+        return "listener", writer.channel(handle.channel)
+    return None  # a datagram socket's is restored with it
+
+
+def _restore_handle(reader: Reader, saved: tuple[str, int]) -> object:
+    kind, number = saved
+    if kind == "link":
+        return reader.link(number)
+    return reader.channels[number] if kind == "channel" else reader.channels[number].listener
+
+
+def restore_broker(reader: Reader, saved: Saved, loop: EventLoop, broker: Broker) -> None:
+    """Give a new broker what :func:`save_broker` has returned."""
+    fabric = broker.fabric
+    for one in saved["contexts"]:
+        restore_context(fabric, one)
+    fabric.contexts.following = saved["following"]
+    restore_counts(fabric.departed, saved["departed"])
+    fabric.last_number = saved["last_number"]
+    reader.endpoints += [restore_endpoint(reader, one) for one in saved["endpoints"]]
+    served = saved["served"]
+    broker.streams.restore(reader, served["streams"])
+    reader.channels += [_CHANNELS[one["class"]].restore(reader, one) for one in saved["channels"]]
+    broker.datagrams.restore(reader, saved["datagrams"])
+    for one in saved["links"]:
+        reader.links.append(_restore_link(reader, one, loop, broker))
+    for channel, one in zip(reader.channels, saved["channels"], strict=True):
+        channel.restore_references(reader, one)
+    broker.restore(reader, served, saved["channels"])
+    for endpoint, one in zip(reader.endpoints, saved["endpoints"], strict=True):
+        if one["handle"] is not None:
+            endpoint.handle = _restore_handle(reader, one["handle"])
+
+
+def _restore_link(reader: Reader, saved: Saved, loop: EventLoop, broker: Broker) -> HandoffLink:
+    sock = reader.socket(saved["socket"], socket.SOCK_SEQPACKET)
+    link: HandoffLink
+    if "pid" in saved:
+        link = Relay(loop, broker, sock, saved["pid"])
+    else:
+        credentials, ports = Credentials(*saved["credentials"]), saved["host_ports"]
+        is_reporting = ports is not None
+        context = reader.context(saved["context"])
+        wanted = saved["seqpacket"], is_reporting, ports
+        link = DeviceLink(loop, broker, context, sock, credentials, *wanted)
+    link.restore(reader, saved)
+    return link
+
+
+# The exchange
+
+
+class Successor:
+    """A process that is to take over, as its predecessor sees it."""
+
+    def __init__(
+        self,
+        loop: EventLoop,
+        command: Sequence[str],
+        hand_over: Callable[[], tuple[Saved, list[int]]],
+        ended: Callable[[str], None],
+    ) -> None:
+        """Start ``command``, whose last argument becomes the number of its socket.
+
+        ``hand_over`` is called when it is ready, and returns the state and the descriptors.
+        ``ended`` is called at the end: with "", if the process has taken over, else with the
+        reason why not.
+
+        Raises OSError when it cannot be started.
+        """
+        self._loop = loop
+        self._hand_over = hand_over
+        self._ended = ended
+        self._sock, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        try:
+            with theirs:
+                number = theirs.fileno()
+                self._process = subprocess.Popen([*command, str(number)], pass_fds=[number])
+        except OSError:
+            self._sock.close()
+            raise
+        loop.watch(self._sock.fileno(), self._ready)
+        self._timer = loop.call_later(_START_SECONDS, self._time_out)
+
+    def _time_out(self) -> None:
+        self._end(f"it has not started within {_START_SECONDS:.0f} seconds")
+
+    def _ready(self, events: int) -> None:
+        self._sock.settimeout(_RESTORE_SECONDS)
+        try:
+            words = self._sock.recv(64).split()
+            if not words:
+                self._end("it has ended; see its messages")
+            elif words != [b"ready", b"%d" % FORMAT]:
+                self._end(f"it expects another format of the state: {words!r}")
+            else:
+                _send(self._sock, *self._hand_over())
+                taken = self._sock.recv(64)
+                self._end("" if taken == b"taken" else "it has failed to take over")
+        except OSError as error:
+            self._end(f"it has failed to take over: {error}")
+
+    def _end(self, reason: str) -> None:
+        self._timer.cancel()
+        self._loop.unwatch(self._sock.fileno())
+        if reason:
+            self.cancel()
+        # Else the socket is closed when this process ends, and the successor begins then.
+        self._ended(reason)
+
+    def cancel(self) -> None:
+        """End a process that has not taken over."""
+        self._process.kill()
+        self._process.wait()
+        self._sock.close()
+
+    def stop(self) -> None:
+        """Ask the process that has taken over to end."""
+        self._process.terminate()
+
+    def release(self) -> None:
+        """Let the successor begin: this process does nothing further with what it has."""
+        self._sock.close()
+
+
+def _send(sock: socket.socket, state: Saved, descriptors: list[int]) -> None:
+    """Send the state in a memory file, and then the descriptors."""
+    file = os.memfd_create("vsockd-state", os.MFD_CLOEXEC)
+    try:
+        with open(file, "wb", closefd=False) as content:
+            content.write(json.dumps(state, separators=(",", ":")).encode())
+        os.lseek(file, 0, os.SEEK_SET)  # the successor gets this very file
+        socket.send_fds(sock, [b"%d" % len(descriptors)], [file])
+    finally:
+        os.close(file)
+    for first in range(0, len(descriptors), _DESCRIPTORS_MAX):
+        rights = array.array("i", descriptors[first : first + _DESCRIPTORS_MAX])
+        for _ in range(int(_RESTORE_SECONDS * 1000)):
+            with contextlib.suppress(BlockingIOError):
+                try:
+                    sock.sendmsg([b"d"], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, rights)])
+                    break
+                except OSError as error:
+                    if error.errno != errno.ETOOMANYREFS:
+                        raise
+            time.sleep(0.001)  # until the successor has received some
+        else:
+            raise TimeoutError("the successor does not receive descriptors")
+
+
+class Predecessor:
+    """The vsockd that hands over, as its successor sees it."""
+
+    def __init__(self, fd: int) -> None:
+        """``fd`` is this process's end of the socket between the two."""
+        self.state: Saved = {}
+        self.descriptors: list[int] = []
+        self._sock = socket.socket(fileno=fd)
+        self._sock.set_inheritable(False)
+        signal.pthread_sigmask(signal.SIG_BLOCK, FORWARDED)  # until vsockd handles them
+        self._sock.settimeout(_RESTORE_SECONDS)
+
+    def receive(self) -> None:
+        """Report that this process is ready, and receive everything.
+
+        Raises OSError or ValueError when the predecessor does not hand over.
+        """
+        self._sock.send(b"ready %d" % FORMAT)
+        number, (file,), _, _ = socket.recv_fds(self._sock, 64, 1)
+        with open(file, "rb") as content:
+            self.state = json.loads(content.read())
+        while len(self.descriptors) < int(number):
+            data, came, _, _ = socket.recv_fds(self._sock, 1, _DESCRIPTORS_MAX)
+            if not data:
+                raise ConnectionResetError("the predecessor has ended")
+            for fd in came:
+                os.set_inheritable(fd, False)
+            self.descriptors += came
+
+    def confirm(self) -> None:
+        """Report that all was restored; return when the predecessor serves no longer.
+
+        Raises OSError if the predecessor does not end.
+        """
+        self._sock.send(b"taken")
+        if self._sock.recv(1):
+            raise ConnectionResetError("unexpected message of the predecessor")
+        self._sock.close()
+
+
+# A predecessor whose parent waits for it
+
+
+def wait_for_successors(folder: Path, is_stopping: bool) -> int:
+    """Stay as the process that service managers and shells wait for; return the exit status.
+
+    ``folder`` is the state folder, whose lock file names the vsockd that serves.  Signals are
+    passed on to it; if ``is_stopping``, it is to end at once.
+    """
+    expected = {*FORWARDED, signal.SIGCHLD}
+    signal.pthread_sigmask(signal.SIG_BLOCK, expected)
+    ending = int(signal.SIGTERM) if is_stopping else 0  # the signal to send to each that serves
+    is_reloading = False
+    asked = result = 0
+    while True:
+        for status in _ended_children():
+            result = os.waitstatus_to_exitcode(status)
+        if not _has_children():
+            return result if result >= 0 else 128 - result
+        pid = _serving(folder)
+        if is_reloading and pid:
+            os.kill(pid, signal.SIGHUP)
+            is_reloading = False
+        if ending and pid and pid != asked:
+            os.kill(pid, ending)
+            asked = pid
+        # While one takes over, its name in the lock file has to be awaited.
+        came = signal.sigtimedwait(expected, 0.1 if ending or is_reloading else 3600)
+        if came is None or came.si_signo == signal.SIGCHLD:
+            continue
+        if came.si_signo == signal.SIGHUP:
+            is_reloading = True
+        else:
+            ending, asked = came.si_signo, 0
+
+
+def _serving(folder: Path) -> int:
+    """Return the process id of the vsockd that serves, a child of this process; 0 without one."""
+    try:
+        pid = int((folder / LOCK).read_text())
+        os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+    except (OSError, ValueError):
+        return 0
+    return pid
+
+
+def _ended_children() -> Iterator[int]:
+    with contextlib.suppress(ChildProcessError):
+        while True:
+            pid, status = os.waitpid(-1, os.WNOHANG)
+            if not pid:
+                return
+            yield status
+
+
+def _has_children() -> bool:
+    try:
+        os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+    except ChildProcessError:
+        return False
+    return True
+
+
+def adopt_orphans() -> None:
+    """Become the parent of children's children whose parents end."""
+    check(libc.prctl(_PR_SET_CHILD_SUBREAPER, ctypes.c_ulong(1), 0, 0, 0))

@@ -1,0 +1,391 @@
+"""``vsock up --replace``: another process takes over everything, and no program notices."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import vsockets
+from vsockets import AF_VSOCK, Attachment
+from vsockets._linux.inspection import unread_bytes
+from vsockets.control import Control
+from vsockets.protocol import RECORD_SIZE, Record
+from vsockets.protocol.client import local_cid
+from vsockets.testing import FabricFailed, PrivateFabric, wait_until
+
+from .raw_client import descriptors
+from .test_device_link import Device
+
+PATIENCE = 10.0
+
+
+@pytest.fixture
+def fabric() -> Iterator[PrivateFabric]:
+    with PrivateFabric() as fabric:
+        yield fabric
+
+
+@pytest.fixture
+def guest(fabric: PrivateFabric) -> Attachment:
+    return fabric.guest()
+
+
+def datagram(context: Attachment, address: tuple[int, int]) -> vsockets.socket:
+    sock = vsockets.socket(AF_VSOCK, socket.SOCK_DGRAM, context=context)
+    sock.settimeout(PATIENCE)
+    sock.bind(address)
+    return sock
+
+
+def test_streams_listeners_and_ports_stay(fabric: PrivateFabric, guest: Attachment) -> None:
+    with contextlib.ExitStack() as stack:
+        enter = stack.enter_context
+        server = enter(vsockets.create_server((2, 5000), context=fabric.host))
+        client = enter(vsockets.create_connection((2, 5000), context=guest))
+        accepted = enter(server.accept()[0])
+        waiting = enter(vsockets.create_connection((2, 5000), context=guest))
+        bound = enter(vsockets.socket(context=guest))
+        bound.bind((guest.cid, 7000))
+        packets = enter(vsockets.socket(AF_VSOCK, socket.SOCK_SEQPACKET, context=fabric.host))
+        packets.bind((2, 5001))
+        packets.listen()
+        before = fabric.control.sockets()
+        first = fabric.control.status()
+
+        pid = fabric.control.replace()
+
+        assert fabric.control.sockets() == before
+        status = fabric.control.status()
+        assert status["pid"] == pid != first["pid"]
+        assert {**status, "pid": 0, "uptime": 0} == {**first, "pid": 0, "uptime": 0}
+        client.send(b"x")
+        assert accepted.recv(1) == b"x"
+        late, peer = server.accept()
+        enter(late)
+        assert peer == waiting.getsockname()
+        enter(vsockets.create_connection((2, 5000), context=guest))
+        enter(server.accept()[0])
+        bound.listen()
+        enter(vsockets.create_connection((guest.cid, 7000), context=fabric.host))
+        with pytest.raises(OSError) as refused:
+            vsockets.create_server((2, 5000), context=fabric.host)
+        assert refused.value.errno == errno.EADDRINUSE
+        accepted.close()
+        assert client.recv(1) == b""
+    assert fabric.control.sockets() == []
+    vsockets.create_server((2, 5000), context=fabric.host).close()
+
+
+def test_datagram_sockets_and_their_routes_stay(fabric: PrivateFabric, guest: Attachment) -> None:
+    with datagram(fabric.host, (2, 6000)) as service, datagram(guest, (guest.cid, 6001)) as client:
+        client.sendto(b"before", (2, 6000))
+        route = next(iter(vars(client)["_routes"].values())).dup()
+        fabric.control.replace()
+        assert service.recvfrom(10) == (b"before", (guest.cid, 6001))
+        client.sendto(b"after", (2, 6000))
+        assert service.recvfrom(10) == (b"after", (guest.cid, 6001))
+        service.sendto(b"back", (guest.cid, 6001))
+        assert client.recvfrom(10) == (b"back", (2, 6000))
+    # The successor has the routes: a port's next holder does not get what they send.
+    with datagram(guest, (guest.cid, 6001)), datagram(fabric.host, (2, 6000)), route:
+        with pytest.raises(OSError) as refused:
+            route.send(b"in another's name")
+        assert refused.value.errno in (errno.EPIPE, errno.ECONNREFUSED)
+
+
+def test_a_supervised_server_stays(fabric: PrivateFabric, guest: Attachment) -> None:
+    program = """
+import socket, sys
+server = socket.socket(40)
+server.bind((0xFFFFFFFF, 5000)); server.listen()
+print("serves", flush=True)
+for _ in range(2):
+    connection, (cid, port) = server.accept()
+    connection.sendall(connection.recv(10) + b" %d" % cid)
+"""
+    command = [sys.executable, "-c", program]
+    with fabric.popen(guest, command, stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None and process.stdout.readline() == b"serves\n"
+        for _ in range(2):
+            fabric.control.replace()
+            with vsockets.create_connection((guest.cid, 5000), context=fabric.host) as client:
+                client.send(b"for")
+                assert client.recv(10) == b"for 2"
+        assert process.wait(PATIENCE) == 0
+
+
+def test_guests_leases_and_states_stay(fabric: PrivateFabric) -> None:
+    with Control(fabric.folder) as other:
+        leased = other.add_context(lease=True)["cid"]
+        suspended = fabric.control.add_context(name="sleeper", profile="restricted")["cid"]
+        tolerant = fabric.control.add_context(limits={"sockets": 7})["cid"]
+        off = fabric.control.add_context(powered=False)["cid"]
+        fabric.control.suspend(suspended)
+        fabric.control.fault_tolerance(tolerant, True)
+        before = fabric.control.contexts()
+        fabric.control.replace()
+        assert fabric.control.contexts() == before
+        assert {leased, suspended, tolerant, off} < {one["cid"] for one in before}
+        fabric.control.resume(suspended)
+        fabric.control.power_on(off)
+        later = fabric.control.add_context()["cid"]
+        assert later > max(one["cid"] for one in before)
+    wait_until(lambda: leased not in cids(fabric), "the end of the lease")
+
+
+def cids(fabric: PrivateFabric) -> set[int]:
+    return {one["cid"] for one in fabric.control.contexts()}
+
+
+def test_limits_count_what_was_there_before(fabric: PrivateFabric) -> None:
+    guest = fabric.guest(limits={"sockets": 3})
+    held = [vsockets.create_server((guest.cid, 5000 + n), context=guest) for n in range(3)]
+    fabric.control.replace()
+    with pytest.raises(OSError) as refused:
+        vsockets.create_server((guest.cid, 6000), context=guest)
+    assert refused.value.errno == errno.ENOBUFS
+    held.pop().close()
+    wait_until(lambda: binds(guest), "the closed socket to be released")
+    for sock in held:
+        sock.close()
+
+
+def binds(guest: Attachment) -> bool:
+    try:
+        vsockets.create_server((guest.cid, 6000), context=guest).close()
+    except OSError:
+        return False
+    return True
+
+
+def test_followers_of_events_see_one_event(fabric: PrivateFabric) -> None:
+    with fabric.control.events("context", "vsockd") as events:
+        first = fabric.control.add_context()["cid"]
+        pid = fabric.control.replace()
+        second = fabric.control.add_context()["cid"]
+        seen = [events.wait(PATIENCE) for _ in range(3)]
+    assert [one.get("cid") for one in seen] == [first, None, second]
+    assert seen[1]["topic"] == "vsockd" and seen[1]["change"] == "replaced"
+    assert seen[1]["pid"] == pid and [one["missed"] for one in seen] == [0, 0, 0]
+
+
+def test_a_client_without_a_request_yet_is_served(fabric: PrivateFabric, guest: Attachment) -> None:
+    with socket.socket(socket.AF_UNIX) as silent:
+        silent.connect(str(fabric.folder / str(guest.cid) / "stream"))
+        wait_until(lambda: pending(fabric, guest) == 1, "vsockd to accept it")
+        fabric.control.replace()
+        assert pending(fabric, guest) == 1
+        silent.send(local_cid())
+        silent.settimeout(PATIENCE)
+        assert Record.decode(silent.recv(RECORD_SIZE)).local_cid == guest.cid
+
+
+def pending(fabric: PrivateFabric, guest: Attachment) -> int:
+    rows = {row["cid"]: row for row in fabric.control.contexts()}
+    number: int = rows[guest.cid]["usage"]["pending_connects"]
+    return number
+
+
+def test_a_device_stays_attached(fabric: PrivateFabric, guest: Attachment) -> None:
+    device = Device(fabric, guest)
+    with vsockets.socket(context=fabric.host) as polling, contextlib.closing(device.link):
+        polling.setblocking(False)
+        with pytest.raises(BlockingIOError):
+            polling.connect((guest.cid, 700))
+        offer, stream = device.offer()
+        refused = vsockets.socket(context=fabric.host)
+        refused.setblocking(False)
+        with pytest.raises(BlockingIOError):
+            refused.connect((guest.cid, 701))
+
+        fabric.control.replace()
+
+        with stream:
+            stream.send(Record(0, 0, *offer.peer, *offer.local, 4, 1, 2, 3).encode())
+            stream.recv(3072)
+            device.settle(offer)
+            device.refuse()
+            wait_until(lambda: streams(fabric) == [(guest.cid, 700)], "the outcomes")
+        refused.close()
+        with pytest.raises(OSError) as busy:
+            fabric.control.attach_device(guest.cid)
+        assert busy.value.errno == errno.EBUSY
+        with (
+            vsockets.create_server((2, 5000), context=fabric.host) as server,
+            device.connect(702, 2, 5000) as sock,
+        ):
+            assert Record.decode(sock.recv(RECORD_SIZE)).status == 0
+            server.accept()[0].close()
+
+
+def streams(fabric: PrivateFabric) -> list[tuple[int, int]]:
+    """Return the addresses of the guests' ends."""
+    rows = fabric.control.sockets()
+    found = [row for row in rows if row["state"] == "established" and row["cid"] != 2]
+    return [(row["cid"], row["port"]) for row in found]
+
+
+def test_hybrid_vsock_stays(fabric: PrivateFabric) -> None:
+    with tempfile.TemporaryDirectory(prefix="hybrid-", dir="/tmp") as folder:
+        path = Path(folder, "v.sock")
+        guest = fabric.guest(7, hybrid=path)
+        with (
+            vsockets.create_server((7, 1000), context=guest) as agent,
+            socket.socket(socket.AF_UNIX) as tool,
+            socket.socket(socket.AF_UNIX) as service,
+        ):
+            service.bind(f"{path}_1024")
+            service.listen()
+            first = vsockets.create_connection((2, 1024), context=guest)  # starts the relay
+            accepted, _ = service.accept()
+            tool.settimeout(PATIENCE)
+            tool.connect(str(path))
+            tool.send(b"CONNECT 1")
+            wait_until(lambda: unread(tool) == 0, "vsockd to read the beginning")
+
+            fabric.control.replace()
+
+            tool.send(b"000\n")
+            assert tool.recv(3) == b"OK "
+            agent.accept()[0].close()
+            first.send(b"x")
+            assert accepted.recv(1) == b"x"
+            vsockets.create_connection((2, 1024), context=guest).close()
+            service.accept()[0].close()
+            accepted.close()
+            first.close()
+        fabric.control.remove_context(7)
+        wait_until(lambda: not path.exists(), "the socket to be removed")
+
+
+def unread(sock: socket.socket) -> int:
+    return unread_bytes(sock.fileno())
+
+
+def test_nothing_is_left_behind(fabric: PrivateFabric, guest: Attachment) -> None:
+    with vsockets.create_server((2, 5000), context=fabric.host) as server:
+        first = fabric.control.replace()
+        fabric.control.status()  # then it serves
+        before = descriptors(first)
+        for _ in range(5):
+            with vsockets.create_connection((2, 5000), context=guest):
+                server.accept()[0].close()
+            last = fabric.control.replace()
+        wait_until(lambda: descriptors(last) == before, f"{before} descriptors")
+        assert not Path(f"/proc/{first}").exists()
+
+
+def test_a_successor_that_fails_changes_nothing(fabric: PrivateFabric, guest: Attachment) -> None:
+    broken = Path(fabric.control.status()["configuration"], "broken.toml")
+    broken.parent.mkdir(exist_ok=True)
+    with vsockets.create_server((2, 5000), context=fabric.host):
+        before = fabric.control.status()["pid"]
+        broken.write_text("nonsense = 1\n")
+        with pytest.raises(OSError, match="vsockd was not replaced: it has ended"):
+            fabric.control.replace()
+        assert fabric.control.status()["pid"] == before
+        vsockets.create_connection((2, 5000), context=guest).close()
+        broken.unlink()
+        assert fabric.control.replace() != before
+    fabric.expect_errors()
+    assert "broken.toml:1: nonsense: unknown key" in fabric.log
+
+
+def test_signals_reach_the_vsockd_that_serves(fabric: PrivateFabric) -> None:
+    """The process that a service manager has started stays, and passes signals on."""
+    started = fabric.pid
+    last = fabric.control.replace()
+    os.kill(started, signal.SIGHUP)
+    wait_until(lambda: "the configuration was reloaded" in fabric.log, "the reload")
+    os.kill(started, signal.SIGTERM)
+    wait_until(lambda: not Path(f"/proc/{last}").exists(), "vsockd to end")
+    ended = os.waitid(os.P_PID, started, os.WEXITED | os.WNOWAIT)
+    assert ended is not None and (ended.si_code, ended.si_status) == (os.CLD_EXITED, 0)
+    assert not any(fabric.folder.iterdir())
+    with pytest.raises(FabricFailed, match="status 0"):  # it has not been stopped
+        fabric.stop()
+
+
+def test_a_vsockd_that_is_stopped_ends_its_successor(fabric: PrivateFabric) -> None:
+    """A signal arrives at any moment of a replacement: both processes end."""
+    for _ in range(3):
+        with contextlib.suppress(OSError):
+            threading.Thread(target=replace_once, args=(fabric.folder,)).start()
+        fabric.stop()
+        fabric.start()
+
+
+def replace_once(folder: Path) -> None:
+    with contextlib.suppress(OSError), Control(folder) as control:
+        control.replace()
+
+
+def all_beyond(numbers: list[int], before: list[int]) -> bool:
+    return all(number > earlier for number, earlier in zip(numbers, before, strict=True))
+
+
+def test_clients_go_on_while_vsockd_is_replaced(fabric: PrivateFabric, guest: Attachment) -> None:
+    """A short form of ``make soak``."""
+    problems: list[Any] = []
+    done = threading.Event()
+    served = [0, 0, 0]
+
+    def connecting(number: int, server: vsockets.socket) -> None:
+        while not done.is_set():
+            with vsockets.create_connection(server.getsockname(), context=guest) as client:
+                accepted, peer = server.accept()
+                with accepted:
+                    client.sendall(b"%d" % served[number])
+                    data = accepted.recv(20)
+                if data != b"%d" % served[number] or peer != client.getsockname():
+                    problems.append((data, peer))
+            served[number] += 1
+
+    def binding() -> None:
+        while not done.is_set():
+            vsockets.create_server((2, 5001), context=fabric.host).close()
+            served[1] += 1
+
+    def sending(one: vsockets.socket, other: vsockets.socket) -> None:
+        while not done.is_set():
+            with datagram(guest, (guest.cid, 0xFFFF_FFFF)) as sender:
+                sender.sendto(b"%d" % served[2], one.getsockname())
+                if one.recvfrom(20) != (b"%d" % served[2], sender.getsockname()):
+                    problems.append(served[2])
+            served[2] += 1
+
+    def noting(work: Any, *arguments: Any) -> None:
+        try:
+            work(*arguments)
+        except BaseException as error:
+            problems.append(error)
+
+    with (
+        vsockets.create_server((2, 5000), context=fabric.host) as server,
+        datagram(fabric.host, (2, 6000)) as service,
+    ):
+        work = [(connecting, 0, server), (binding,), (sending, service, service)]
+        threads = [threading.Thread(target=noting, args=one) for one in work]
+        for thread in threads:
+            thread.start()
+        for _ in range(5):
+            before = list(served)
+            fabric.control.replace()
+            wait_until(partial(all_beyond, served, before), "each of them to go on")
+        done.set()
+        for thread in threads:
+            thread.join()
+    assert problems == []
