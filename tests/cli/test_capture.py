@@ -123,7 +123,7 @@ def test_capture_ends_with_its_reader(vsock: Vsock, fabric: PrivateFabric) -> No
 
 def test_invalid_arguments(vsock: Vsock, tmp_path: Path) -> None:
     vsock.fail(
-        ("capture -w x tcp::1 tcp:a:1", 2, "FROM or TO: expected vsock:"),
+        ("capture -w x tcp::1 tcp:a:1", 2, "FROM and TO: expected vsock:"),
         (f"capture -w {tmp_path}/none/x vsock::1 tcp:a:1", 1, "No such file or directory"),
         ("capture -w - stdio: vsock:2:1", 2, "standard output is used by stdio:"),
     )
