@@ -52,6 +52,27 @@ def test_the_search_continues_in_steps() -> None:
         assert mine.recv(1) == b""
 
 
+def test_a_stream_that_ends_during_the_search_is_not_left() -> None:
+    """No process has it then, so the search cannot find it."""
+    disconnector = Disconnector(loop := EventLoop(), DeferredWork(loop))
+    mine, accepted = socket.socketpair()
+    hiding, hidden = socket.socketpair()
+    with contextlib.ExitStack() as stack:
+        for sock in (mine, accepted, hiding, hidden):
+            stack.enter_context(sock)
+        connection = stream(Fabric(0), accepted)
+        send_with(hiding, b"x", [accepted.fileno()])
+        accepted.close()
+        for _ in range(640):
+            stack.callback(os.close, os.dup(mine.fileno()))
+        disconnector._remaining[connection.number] = connection
+        search = disconnector._try()
+        next(search)
+        hidden.close()  # with the message and the descriptor in it
+        list(search)
+        assert not disconnector._remaining
+
+
 def test_a_visible_stream_is_disconnected_at_once() -> None:
     disconnector = Disconnector(loop := EventLoop(), DeferredWork(loop))
     mine, accepted = socket.socketpair()

@@ -110,18 +110,14 @@ class Disconnector:
 
     def _try(self) -> Iterator[None]:
         """Search all processes, in steps."""
-        groups = {one.watch for one in self._remaining.values() if isinstance(one.watch, Group)}
-        alive: dict[int, int] = {}
-        for group in groups:
-            alive.update(group.alive())
-        for number in [number for number in self._remaining if number not in alive]:
-            self._end(number)
+        alive = self._forget_ended()
         if not self._remaining:
             return
         self._asked.clear()
         refused: set[int] = set()
         yield from self._search_all({alive[number]: number for number in self._remaining}, refused)
         yield from self._await_supervisors()
+        self._forget_ended()  # programs have closed some meanwhile
         for number, one in self._remaining.items():
             owners = refused & _owners(one)
             if owners:
@@ -136,6 +132,16 @@ class Disconnector:
                 self.problem(one),
                 sorted(refused),
             )
+
+    def _forget_ended(self) -> dict[int, int]:
+        """Forget streams that have ended; return the inodes of others' accepting ends by number."""
+        groups = {one.watch for one in self._remaining.values() if isinstance(one.watch, Group)}
+        alive: dict[int, int] = {}
+        for group in groups:
+            alive.update(group.alive())
+        for number in [number for number in self._remaining if number not in alive]:
+            self._end(number)
+        return alive
 
     def _search_all(self, by_inode: dict[int, int], refused: set[int]) -> Iterator[None]:
         """Search all processes; add those that vsockd may not look into to ``refused``."""
