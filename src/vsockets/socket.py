@@ -8,7 +8,6 @@ are the standard library's C methods, at no extra cost.
 
 from __future__ import annotations
 
-import _socket
 import enum
 import errno
 import os
@@ -39,7 +38,6 @@ from .protocol import Record
 
 UNBOUND = (VMADDR_CID_ANY, VMADDR_PORT_ANY)
 
-_getsockopt = _socket.socket.getsockopt
 MSG_ERRQUEUE = 0x2000  #: linux/socket.h; the standard library lacks it
 _U64 = struct.Struct("=Q")
 _UCRED = struct.Struct("iII")

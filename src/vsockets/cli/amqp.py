@@ -19,11 +19,11 @@ from .errors import CliError
 from .groups import group
 from .options import (
     Decorator,
+    address_option,
     configure_log,
     log_format_option,
     parser_of,
     path_option,
-    read_locator,
     verbose_option,
 )
 
@@ -47,10 +47,6 @@ def _read_rule(text: str) -> Any:
     return VirtualHostRule.parse(text)
 
 
-def _address_option(name: str, help: str, **attributes: Any) -> Decorator[Any]:
-    return click.option(name, type=read_locator, metavar="ADDRESS", help=help, **attributes)
-
-
 def _file_option(name: str, help: str) -> Decorator[Any]:
     return path_option(name, metavar="FILE", help=help)
 
@@ -65,13 +61,13 @@ _tls_key_option = _file_option("--tls-key", "Private key (PEM), if it is not in 
 
 
 @amqp.command("guest-proxy")
-@_address_option(
+@address_option(
     "--listen",
-    "Address that AMQP clients connect to, tcp: or unix:.",
+    help="Address that AMQP clients connect to, tcp: or unix:.",
     default=f"tcp:127.0.0.1:{PORT}",
 )
-@_address_option(
-    "--host", "Address of the host proxy, vsock:.", default=f"vsock:{VMADDR_CID_HOST}:{PORT}"
+@address_option(
+    "--host", help="Address of the host proxy, vsock:.", default=f"vsock:{VMADDR_CID_HOST}:{PORT}"
 )
 @verbose_option
 @log_format_option
@@ -86,9 +82,9 @@ def guest_proxy(listen: Any, host: Any, verbose: bool, log_format: str) -> None:
 
 
 @amqp.command("host-proxy")
-@_address_option("--proxy", "Address of the AMQP proxy, tcp: or unix:.", required=True)
-@_address_option(
-    "--listen", "Address that guest proxies connect to, vsock:.", default=f"vsock::{PORT}"
+@address_option("--proxy", help="Address of the AMQP proxy, tcp: or unix:.", required=True)
+@address_option(
+    "--listen", help="Address that guest proxies connect to, vsock:.", default=f"vsock::{PORT}"
 )
 @click.option(
     "--allow-vhost",
@@ -152,12 +148,12 @@ def host_proxy(
 
 
 @amqp.command("proxy")
-@_address_option(
-    "--node", "Address of a broker, tcp: or unix:; repeatable.", multiple=True, required=True
+@address_option(
+    "--node", help="Address of a broker, tcp: or unix:; repeatable.", multiple=True, required=True
 )
-@_address_option(
+@address_option(
     "--listen",
-    "Address that host proxies connect to, tcp: or unix:.",
+    help="Address that host proxies connect to, tcp: or unix:.",
     default="tcp:127.0.0.1:5670",
 )
 @_authority_option

@@ -20,9 +20,9 @@ from .forward import serve
 from .groups import command
 from .options import (
     allow_option,
+    cid_option,
     count_option,
     path_option,
-    read_cid,
     read_port,
     source_argument,
     target_argument,
@@ -50,12 +50,7 @@ _CAPTURE = {
 )
 @source_argument
 @target_argument
-@click.option(
-    "--context",
-    type=read_cid,
-    metavar="CID",
-    help="Record the traffic of this virtual machine's device.",
-)
+@cid_option("--context", help="Record the traffic of this virtual machine's device.")
 @click.option(
     "--port",
     type=read_port,

@@ -23,10 +23,10 @@ from .connect import administrator
 from .groups import group
 from .options import (
     Decorator,
+    cid_option,
     configure_log,
     log_format_option,
     path_option,
-    read_cid,
     seconds_option,
     verbose_option,
 )
@@ -50,11 +50,8 @@ def _socket_option(help: str) -> Decorator[Any]:
 
 
 _vhost_socket_option = _socket_option("Unix socket to create; the virtual machine connects to it.")
-_cid_option = click.option(
-    "--cid",
-    type=read_cid,
-    metavar="CID",
-    help="Context of the virtual machine. Default: a new one, with a free CID.",
+_cid_option = cid_option(
+    "--cid", help="Context of the virtual machine. Default: a new one, with a free CID."
 )
 _until_eof_option = click.option(
     "--until-eof", is_flag=True, help="End when standard input is closed."

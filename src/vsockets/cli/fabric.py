@@ -26,9 +26,9 @@ from ..supervisor.launch import ENDED, FAILURE, MESSAGE
 from .delegation import LAUNCHER
 from .errors import CliError, one_line
 from .groups import command
-from .options import argument, parser_of, read_cid, reserved_ports_option
+from .options import argument, cid_option, parser_of, reserved_ports_option
 from .output import complain
-from .run import Interceptor, interceptor_option, run_here
+from .run import interceptor_option, run_here
 
 #: Longest report of the keeper on whether the fabric serves, in bytes.
 _REPORT_MAX = 1 << 16
@@ -67,12 +67,8 @@ def _read_hybrid(text: str) -> tuple[int, Path]:
     metavar="COMMAND [ARGUMENT]...",
     help="Command to run, and its arguments.",
 )
-@click.option(
-    "--cid",
-    type=read_cid,
-    default="host",
-    metavar="CID",
-    help="Context of the command: a number or host. A guest is created.",
+@cid_option(
+    "--cid", default="host", help="Context of the command: a number or host. A guest is created."
 )
 @click.option(
     "--guest",
@@ -101,7 +97,7 @@ def fabric(
     guests: tuple[int, ...],
     hybrid: tuple[tuple[int, Path], ...],
     reserved_ports: bool,
-    interceptor: Interceptor,
+    interceptor: str,
 ) -> None:
     """Run a command in a fabric of its own, such as a test suite.
 
@@ -124,7 +120,7 @@ def fabric(
             "the outer fabric: vsock run --cid CID -- PROGRAM)"
         )
     keeper = _start_keeper(wanted, reserved_ports)
-    run_here(program, cid, interceptor=interceptor.value, keeper=keeper)
+    run_here(program, cid, interceptor=interceptor, keeper=keeper)
 
 
 class _Keeper:

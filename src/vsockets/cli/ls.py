@@ -14,7 +14,7 @@ from .connect import administrator
 from .groups import command
 from .live_view import View, interval_option, require_terminal, show
 from .observation import Owners, bytes_per_second, fill_queues, with_unit
-from .options import count_option, json_option, read_cid, read_port, read_user
+from .options import cid_option, count_option, json_option, read_port, read_user
 from .output import Column, make_table, print_json, print_table, user_name
 
 if TYPE_CHECKING:
@@ -41,9 +41,7 @@ COLUMNS = (
 
 
 @command("ls")
-@click.option(
-    "--context", type=read_cid, multiple=True, metavar="CID", help="Only sockets of this context."
-)
+@cid_option("--context", multiple=True, help="Only sockets of this context.")
 @click.option(
     "--port",
     type=read_port,

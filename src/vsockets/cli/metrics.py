@@ -5,13 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
-import click
-
 from ..model.text import printable
 from .connect import administrator
 from .groups import command
 from .limits import METRICS_CONTEXTS_MAX
-from .options import read_locator, require_private
+from .options import address_option, require_private
 from .output import notice
 
 if TYPE_CHECKING:
@@ -49,10 +47,8 @@ _Labels = Mapping[str, object]
 
 
 @command("metrics")
-@click.option(
+@address_option(
     "--listen",
-    type=read_locator,
-    metavar="ADDRESS",
     help="Serve the metrics over HTTP at /metrics until Ctrl-C: unix:PATH or tcp:127.0.0.1:PORT. "
     "Default: print them once.",
 )

@@ -21,7 +21,7 @@ from .connect import keep_trying, lasting_context, own_context
 from .errors import BIND, CONNECT, CliError, cli_error
 from .execute import exec_on_socket, serve, split_command
 from .groups import command
-from .options import argument, cid_argument, read_cid, read_port, seconds_option
+from .options import argument, cid_argument, cid_option, read_port, seconds_option
 from .output import notice, user_name
 from .relay import Address, DatagramRelay, StreamRelay
 
@@ -139,12 +139,7 @@ def connect(
 @click.option(
     "-k", "--keep", is_flag=True, help="Keep accepting, with any number of peers at a time."
 )
-@click.option(
-    "--cid",
-    type=read_cid,
-    metavar="CID",
-    help="CID to bind to; local accepts from this context only. Default: any.",
-)
+@cid_option("--cid", help="CID to bind to; local accepts from this context only. Default: any.")
 @_quit_option
 @_no_stdin_option
 @_exec_option

@@ -17,6 +17,7 @@ from .connect import lasting_context
 from .errors import CliError
 from .groups import group
 from .options import (
+    address_option,
     argument,
     configure_log,
     count_option,
@@ -57,11 +58,9 @@ def _read_export(text: str) -> Any:
     metavar="DIR[,ro][,cid=CID:…][,no-root-squash]",
     help="Folder to export, its options, and the guests that may mount it; repeatable.",
 )
-@click.option(
+@address_option(
     "--listen",
-    type=read_locator,
     multiple=True,
-    metavar="ADDRESS",
     help=f"Address to serve at, vsock-dgram: or udp:; repeatable. "
     f"Default: vsock-dgram:{VMADDR_CID_HOST}:{PORT}.",
 )
@@ -124,12 +123,7 @@ def serve(
 )
 @argument("export", metavar="EXPORT", help="Folder of the server to mount.")
 @path_argument("folder", metavar="FOLDER", help="Folder to mount it on.")
-@click.option(
-    "--mount-server",
-    type=read_locator,
-    metavar="ADDRESS",
-    help="Address of the MOUNT protocol. Default: SERVER.",
-)
+@address_option("--mount-server", help="Address of the MOUNT protocol. Default: SERVER.")
 @count_option(
     "--transfer-size",
     min=512,

@@ -96,6 +96,16 @@ def count_option(
     return click.option(*names, type=_Count(min, max), **attributes)
 
 
+def cid_option(name: str, **attributes: Any) -> Decorator[Any]:
+    """Declare an option whose value is a CID."""
+    return click.option(name, type=read_cid, metavar="CID", **attributes)
+
+
+def address_option(name: str, **attributes: Any) -> Decorator[Any]:
+    """Declare an option whose value is an address (:mod:`vsockets.model.locator`)."""
+    return click.option(name, type=read_locator, metavar="ADDRESS", **attributes)
+
+
 def path_option(*names: str, **attributes: Any) -> Decorator[Any]:
     """Declare an option whose value is the path of a file or folder, which need not exist."""
     return click.option(*names, type=click.Path(path_type=Path), **attributes)

@@ -6,7 +6,6 @@ import errno
 import os
 import sys
 from collections.abc import Callable, Sequence
-from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -19,7 +18,7 @@ from .connect import administrator, assigned_context
 from .errors import CliError
 from .execute import exec_program
 from .groups import command
-from .options import argument, members, read_cid, reserved_ports_option
+from .options import argument, cid_option, reserved_ports_option
 
 if TYPE_CHECKING:
     from ..supervisor.launch import Keeper
@@ -29,18 +28,10 @@ if TYPE_CHECKING:
 _HOW_TO_START = {"off": ("powered off", "power-on"), "suspended": ("suspended", "resume")}
 
 
-class Interceptor(StrEnum):
-    """Values of --interceptor."""
-
-    AUTO = "auto"
-    NOTIFY = "notify"
-    TRACE = "trace"
-
-
 interceptor_option = click.option(
     "--interceptor",
-    **members(Interceptor),
-    default=Interceptor.AUTO.value,
+    type=click.Choice(("auto", "notify", "trace")),
+    default="auto",
     envvar="VSOCKETS_INTERCEPTOR",
     help="Mechanism that intercepts system calls: seccomp notification, or ptrace, which also "
     "works where a container forbids AF_VSOCK. auto: selected by a test.",
@@ -56,10 +47,8 @@ interceptor_option = click.option(
     metavar="PROGRAM [ARGUMENT]...",
     help="Program to run, and its arguments.",
 )
-@click.option(
+@cid_option(
     "--cid",
-    type=read_cid,
-    metavar="CID",
     help="Context to run in: a number or host. A guest that does not exist is created. "
     "Default: the context that VSOCKETS_CONTEXT names or that is mounted at /run/vsock/self, else "
     "a new guest.",
@@ -82,7 +71,7 @@ def run(
     name: str,
     reserved_ports: bool,
     device: bool,
-    interceptor: Interceptor,
+    interceptor: str,
     verbose: bool,
 ) -> None:
     """Run an unmodified program in a context.  AF_VSOCK then leads to the fabric.
@@ -102,7 +91,7 @@ def run(
         name=name,
         reserved_ports=reserved_ports,
         device=device,
-        interceptor=interceptor.value,
+        interceptor=interceptor,
         verbose=verbose,
     )
 
@@ -113,7 +102,7 @@ def run_here(
     name: str = "",
     reserved_ports: bool = False,
     device: bool = False,
-    interceptor: str = Interceptor.AUTO.value,
+    interceptor: str = "auto",
     verbose: bool = False,
     keeper: Keeper | None = None,
     lifeline: int | None = None,
@@ -155,7 +144,7 @@ def run_here(
         exec_program(list(program), environment(place.folder))
 
     try:
-        choice = choose(Interceptor(interceptor).value)
+        choice = choose(interceptor)
         if verbose:
             sys.stderr.write(f"vsock run: interceptor {choice.name}: {choice.reason}\n")
         launch(program_starts, place, lease, device, choice.mechanism, keeper, lifeline)

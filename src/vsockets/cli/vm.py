@@ -29,12 +29,12 @@ from .errors import CliError
 from .groups import group
 from .options import (
     argument,
+    cid_option,
     count_option,
     json_option,
     members,
     parser_of,
     path_option,
-    read_cid,
     seconds_option,
 )
 from .output import notice
@@ -115,11 +115,8 @@ extra_argument = argument(
     help="Further arguments for QEMU, passed unchanged.",
 )
 _MACHINE_OPTIONS = (
-    click.option(
-        "--cid",
-        type=read_cid,
-        metavar="CID",
-        help="Context of the guest; created if it does not exist. Default: a new one.",
+    cid_option(
+        "--cid", help="Context of the guest; created if it does not exist. Default: a new one."
     ),
     click.option(
         "--name", default="", show_default=False, metavar="NAME", help="Name shown in listings."

@@ -55,7 +55,8 @@ class NamedSocket:
     def is_open(self, other_type: int = SOCK_STREAM) -> bool:
         """Return whether any process has the program's socket open.
 
-        ``other_type`` is a socket type that the socket does not have.
+        ``other_type`` is any type that the program's socket does not have, so that the probe's
+        connect fails in either case, each with its own errno.
         """
         # The kernel looks up the socket before it compares the types.
         return probe_of(int(other_type)).connect_ex(self.path) == errno.EPROTOTYPE

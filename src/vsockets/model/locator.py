@@ -92,7 +92,10 @@ class VsockMux:
 
 @dataclass(frozen=True, slots=True)
 class VsockFolder:
-    """An address whose unix socket is in the folder ``path``, named by a ``convention``."""
+    """An address whose unix socket is in the folder ``path``.
+
+    ``convention`` decides on the socket's name: ``hyperkit`` or ``vsock-emu``.
+    """
 
     convention: str  #: ``hyperkit`` or ``vsock-emu``
     path: str

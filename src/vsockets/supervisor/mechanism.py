@@ -38,8 +38,8 @@ class Choice(NamedTuple):
     reason: str
 
 
-def choose(wanted: Literal["auto"] | Name) -> Choice:
-    """Choose the mechanism for this process's programs.
+def choose(wanted: str) -> Choice:
+    """Choose the mechanism for this process's programs: ``wanted`` is auto, notify or trace.
 
     Raises OSError(EBUSY) if this process is under a supervisor itself.
     """

@@ -22,7 +22,7 @@ from .arch import Architecture
 # linux/ptrace.h
 _CONT, _STEP, _SYSCALL = 7, 9, 24
 _DETACH = 17
-_SETOPTIONS, _GETEVENTMSG, _GETSIGINFO = 0x4200, 0x4201, 0x4202
+_GETEVENTMSG, _GETSIGINFO = 0x4201, 0x4202
 _GETREGSET, _SETREGSET = 0x4204, 0x4205
 _INTERRUPT, _LISTEN = 0x4207, 0x4208
 #: The requests that begin to trace a process.

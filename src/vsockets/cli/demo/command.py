@@ -147,7 +147,7 @@ def _send_files(sender: Program, cid: int, show_progress: bool) -> Step:
 
 
 def judge_datagrams(asked: dict[str, Any], cid: int) -> Step:
-    """Return the step of a service that reported a datagram's source, from its client's report."""
+    """Return the report's step about a datagram: the service and the client name its source."""
     source, us = asked["answer"]["source"], asked["us"]
     ok = source == us and us[0] == cid and asked["service"] == [2, SOURCES]
     result = "the host received from {}:{}".format(*source)
@@ -156,7 +156,9 @@ def judge_datagrams(asked: dict[str, Any], cid: int) -> Step:
 
 
 def judge_refusal(code: int, cid: int, other: int) -> Step:
-    """Return the step of a connect to another guest; ``code`` is its errno, or 0."""
+    """Return the report's step about a connect from guest to guest, which ended with errno
+    ``code``.
+    """
     result = f"refused: {errno.errorcode.get(code, code)} ({os.strerror(code)})"
     ok = code == errno.EHOSTUNREACH
     return Step(
@@ -165,7 +167,10 @@ def judge_refusal(code: int, cid: int, other: int) -> Step:
 
 
 def judge_permission(code: int, noted: dict[str, Any] | None, cid: int) -> Step:
-    """Return the step of the host's connect to a guest: its errno, and what the guest accepted."""
+    """Return the report's step about a connect from the host to guest ``cid``.
+
+    ``code`` is its errno, or 0; ``noted`` is the guest's report of the accepted client.
+    """
     ok = code == 0 and noted is not None and noted["client"][0] == 2
     result = (
         "the same listener accepts the host" if ok else f"{os.strerror(code)}, accepted {noted}"
@@ -198,7 +203,7 @@ def _measure(sender: Program, tcp_sender: Program) -> dict[str, Any]:
 
 
 def judge_throughput(measured: dict[str, Any]) -> list[Step]:
-    """Return the two steps of the measured transfers."""
+    """Return the report's steps about the measured transfers, over TCP and over vSockets."""
     median, intact = measured["median_MB_per_s"], measured["intact"]
     runs = f"median of {TURNS}"
     return [

@@ -15,7 +15,7 @@ import click
 
 from ..groups import command
 from ..live_view import interval_option
-from ..options import is_loopback, read_locator
+from ..options import address_option, is_loopback
 from ..output import notice
 
 if TYPE_CHECKING:
@@ -23,11 +23,9 @@ if TYPE_CHECKING:
 
 
 @command("web")
-@click.option(
+@address_option(
     "--listen",
-    type=read_locator,
     default="tcp:127.0.0.1:0",
-    metavar="ADDRESS",
     help="Loopback address and port to serve at, tcp:127.0.0.1:PORT; port 0 takes a free one.",
 )
 @click.option("--open", "open_browser", is_flag=True, help="Open the page in the default browser.")
