@@ -24,6 +24,7 @@ __all__ = [
     "go_rpc",
     "http2_proxy",
     "kernel",
+    "minimal_modules",
     "qemu",
     "rabbitmq",
     "rust_back_end",
@@ -53,6 +54,17 @@ def kernel(name: str) -> KernelImage:
 def userland(name: str = "stable") -> Userland:
     """Return a guest's busybox and Python: ``stable`` (Debian 12) or ``newest`` (13)."""
     return Userland(_SUITES[name])
+
+
+def minimal_modules() -> list[str]:
+    """Return the paths of the modules of Debian 12's python3-minimal, in its module directory."""
+
+    def fill(folder: Path) -> None:
+        needed = _STABLE.with_dependencies("python3-minimal")
+        _STABLE.unpack(folder, *(name for name in needed if name.startswith("libpython3.")))
+
+    (modules,) = cached("python3-minimal", fill).glob("usr/lib/python3.*")
+    return [str(path.relative_to(modules)) for path in modules.rglob("*") if path.is_file()]
 
 
 def rust_back_end() -> Path:
@@ -270,6 +282,7 @@ def main() -> None:
         "Linux, the newest backport": lambda: kernel("newest"),
         "a guest's programs, Debian 12's": userland,
         "a guest's programs, Debian 13's": lambda: userland("newest"),
+        "the modules of python3-minimal": minimal_modules,
         "a guest's ctypes": ctypes_library,
         "a guest's pyfuse3": storage_client,
         "vhost-device-vsock": rust_back_end,
