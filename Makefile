@@ -79,6 +79,10 @@ test-containers: .venv/ready
 test-examples: .venv/ready
 	$(BIN)/pytest --override-ini 'python_files=test_*.py with_*.py' tests/examples --durations=20
 
+# From README's install line to its pastes, on Debian 12 and 13 and in a container, timed: a minute.
+test-walk: .venv/ready
+	PYTHONPATH=tests $(BIN)/python -m environments.walk
+
 # Wheel, sdist, SBOM and checksums in dist/, from the commit, built twice and compared.
 release:
 	$(PYTHON) -m venv .venv-release
