@@ -6,6 +6,8 @@ import contextlib
 import os
 import socket
 
+import pytest
+
 from vsockets.daemon.scheduling import DeferredWork
 from vsockets.daemon.stream_liveness import Group
 from vsockets.daemon.streams import Disconnector
@@ -31,13 +33,14 @@ def stream(fabric: Fabric, accepted: socket.socket) -> Connection:
 
 def test_the_search_continues_in_steps() -> None:
     """The search for a hidden stream (its descriptor is in a message) visits all descriptors."""
-    disconnector = Disconnector(loop := EventLoop(), DeferredWork(loop))
+    fabric = Fabric(0)
+    disconnector = Disconnector(loop := EventLoop(), DeferredWork(loop), fabric.end)
     mine, accepted = socket.socketpair()
     hiding, hidden = socket.socketpair()
     with contextlib.ExitStack() as stack:
         for sock in (mine, accepted, hiding, hidden):
             stack.enter_context(sock)
-        connection = stream(Fabric(0), accepted)
+        connection = stream(fabric, accepted)
         send_with(hiding, b"x", [accepted.fileno()])
         accepted.close()
         for _ in range(640):
@@ -52,30 +55,36 @@ def test_the_search_continues_in_steps() -> None:
         assert mine.recv(1) == b""
 
 
-def test_a_stream_that_ends_during_the_search_is_not_left() -> None:
-    """No process has it then, so the search cannot find it."""
-    disconnector = Disconnector(loop := EventLoop(), DeferredWork(loop))
+@pytest.mark.parametrize("end", ["accepting", "connecting"])
+def test_a_stream_that_ends_during_the_search_is_not_left(end: str) -> None:
+    """No process has that end then, so the search cannot find it."""
+    fabric = Fabric(0)
+    disconnector = Disconnector(loop := EventLoop(), DeferredWork(loop), fabric.end)
     mine, accepted = socket.socketpair()
     hiding, hidden = socket.socketpair()
     with contextlib.ExitStack() as stack:
         for sock in (mine, accepted, hiding, hidden):
             stack.enter_context(sock)
-        connection = stream(Fabric(0), accepted)
+        connection = stream(fabric, accepted)
         send_with(hiding, b"x", [accepted.fileno()])
         accepted.close()
         for _ in range(640):
-            stack.callback(os.close, os.dup(mine.fileno()))
+            stack.callback(os.close, os.dup(hiding.fileno()))
         disconnector._remaining[connection.number] = connection
         search = disconnector._try()
         next(search)
-        hidden.close()  # with the message and the descriptor in it
+        if end == "accepting":
+            hidden.close()  # with the message and the descriptor in it
+        else:
+            mine.close()
         list(search)
         assert not disconnector._remaining
 
 
 def test_a_visible_stream_is_disconnected_at_once() -> None:
-    disconnector = Disconnector(loop := EventLoop(), DeferredWork(loop))
+    fabric = Fabric(0)
+    disconnector = Disconnector(loop := EventLoop(), DeferredWork(loop), fabric.end)
     mine, accepted = socket.socketpair()
     with mine, accepted:
-        assert disconnector.disconnect([stream(Fabric(0), accepted)]) == []
+        assert disconnector.disconnect([stream(fabric, accepted)]) == []
         assert mine.recv(1) == b""

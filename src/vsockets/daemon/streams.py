@@ -24,7 +24,7 @@ import contextlib
 import logging
 import os
 import select
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from socket import AF_UNIX, SHUT_RDWR, SO_DOMAIN, SOL_SOCKET
 from time import monotonic
 from typing import TYPE_CHECKING
@@ -62,9 +62,11 @@ _ASK_AGAIN_SECONDS = 0.01
 class Disconnector:
     """The streams that must end and have not ended yet."""
 
-    def __init__(self, loop: EventLoop, deferred: DeferredWork) -> None:
+    def __init__(self, loop: EventLoop, deferred: DeferredWork, end: Callable[[int], None]) -> None:
+        """Call ``end`` with each stream found to have ended, also with those of other guests."""
         self._loop = loop
         self._deferred = deferred
+        self._report_end = end
         self._remaining: dict[int, Connection] = {}
         self._delay: float | None = None  # until the next try; None: no try is scheduled
         self._looked = 0  # descriptors looked at since the last step
@@ -138,6 +140,9 @@ class Disconnector:
         groups = {one.watch for one in self._remaining.values() if isinstance(one.watch, Group)}
         alive: dict[int, int] = {}
         for group in groups:
+            for number in group.hung_up():
+                self._report_end(number)
+                self._end(number)
             alive.update(group.alive())
         for number in [number for number in self._remaining if number not in alive]:
             self._end(number)
@@ -307,7 +312,7 @@ class Streams:
         self._deferred = deferred
         self._liveness = StreamLiveness(fabric.end)
         self.add = self._liveness.add
-        self._disconnector = Disconnector(loop, deferred)
+        self._disconnector = Disconnector(loop, deferred, fabric.end)
         self._new_streams = 0
         self._reap_delay: float | None = None  # None: no timer is set
         self._to_disconnect: list[Connection] = []  # of the previous vsockd
