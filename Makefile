@@ -6,7 +6,7 @@ PYTHON ?= python3
 BIN = .venv/bin
 export VSOCKETS_TRANSPORT = fabric
 
-.PHONY: demo test test-replace bench site debian-package exhaustion test-arm64 test-containers test-examples release clean test-downloads test-site test-pytest test-ordinary-user test-debian-13 test-ruff test-mypy
+.PHONY: demo test test-replace soak bench site debian-package exhaustion test-arm64 test-containers test-examples release clean test-downloads test-site test-pytest test-ordinary-user test-debian-13 test-ruff test-mypy
 
 # What a user needs, and no more.
 demo: .venv/usable
@@ -49,6 +49,10 @@ test-mypy:
 test-replace: .venv/ready
 	PYTHONPATH=tests $(BIN)/pytest -p replacing tests/library --deselect tests/library/test_full_backlog.py \
 		--deselect tests/library/test_datagram.py::test_more_peers_than_cached_routes
+
+# vsockd is replaced a hundred times under ten thousand streams; about two minutes.
+soak: .venv/ready
+	PYTHONPATH=tests $(BIN)/python -m daemon.soak
 
 # A core suite in an emulated arm64 machine; about ten minutes.
 test-arm64: .venv/ready

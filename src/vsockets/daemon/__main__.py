@@ -6,6 +6,7 @@ import argparse
 import gc
 import logging
 import os
+import pickle
 import sys
 from pathlib import Path
 
@@ -89,7 +90,7 @@ def main() -> int:
     except OtherwiseStarted as error:
         print(f"vsockd: {error}", file=sys.stderr)
         return os.EX_UNAVAILABLE
-    except (OSError, ValueError, Refused) as error:
+    except (OSError, pickle.UnpicklingError, Refused) as error:
         problem = describe(error) if isinstance(error, OSError) else error
         print(f"vsockd: cannot start in {arguments.dir}: {problem}", file=sys.stderr)
         return 1
@@ -98,6 +99,7 @@ def main() -> int:
     # Objects made so far live as long as vsockd, and requests create no reference cycles.
     gc.freeze()
     gc.set_threshold(50_000)
+    gc.enable()
     found = vsockd.run(lambda: _announce_ready(arguments.ready_fd), arguments.lifeline_fd)
     if vsockd.is_replaced:
         stays = not (is_successor or arguments.background)

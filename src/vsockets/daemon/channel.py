@@ -133,7 +133,7 @@ class Channel(Peer):
             "socket": writer.descriptor(self.sock.fileno()) if self.sock.fileno() >= 0 else None,
             "context": self.context.cid,
             "kind": self.kind.value,
-            "credentials": self.credentials,
+            "credentials": (*self.credentials,),
             "endpoint": writer.endpoint(self.endpoint),
             "listener": self.listener and self.listener.save(writer),
             "secret": self.secret,
@@ -224,7 +224,7 @@ class Listener:
             "capacity": self._capacity,
             "pending": [writer.party(party) for party in self._pending],
             "held": [
-                (record.hex(), writer.descriptor(fd), writer.party(party))
+                (record, writer.descriptor(fd), writer.party(party))
                 for record, fd, party in self._held
             ],
         }
@@ -235,7 +235,7 @@ class Listener:
         for party in saved["pending"]:
             self._add_pending(reader.party(party))
         for record, fd, party in saved["held"]:
-            self._held.append((bytes.fromhex(record), reader.descriptors[fd], reader.party(party)))
+            self._held.append((record, reader.descriptors[fd], reader.party(party)))
             reader.party(party).pending += 1
 
     @property

@@ -362,7 +362,7 @@ class Datagrams:
             for fd, sender, destination, cid in one["routes"]:
                 inbound = self._inbound.setdefault(reader.context(cid), {})
                 sock = reader.socket(fd, SOCK_DGRAM)
-                Route(sock, reader.receivers[sender], tuple(destination), inbound)
+                Route(sock, reader.receivers[sender], destination, inbound)
         for party in list(self._shares):
             self._watch_quota(party)
         if self._shares:

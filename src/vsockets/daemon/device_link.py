@@ -221,7 +221,7 @@ class HandoffLink:
         """Add the pending connections that the previous vsockd has saved."""
         for key, channel, cookie in saved["pending"]:
             pending = PendingConnect(reader.channels[channel], cookie)
-            self._pending[tuple(key)] = pending
+            self._pending[key] = pending
             pending.channel.party.pending += 1
 
     @property
@@ -372,7 +372,7 @@ class DeviceLink(HandoffLink):
         assert device is not None
         return {
             **super().save(writer),
-            "credentials": self._credentials,
+            "credentials": (*self._credentials,),
             "seqpacket": device.seqpacket,
             "host_ports": None if ports is None else sorted(ports.reported),
             "datagrams": (

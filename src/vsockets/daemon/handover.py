@@ -1,7 +1,9 @@
 """The form in which one vsockd hands over what it has to the next one.
 
-Values are JSON; a descriptor is its position among those that are sent beside them.  Sockets,
-channels and links refer to each other, so each has a number, in the order of first mention.
+Values are numbers, strings, tuples, lists and dicts of them, and no objects of classes, which the
+next release may have changed.  A descriptor is its position among those that are sent beside them.
+Sockets, channels and links refer to each other, so each has a number, in the order of first
+mention.
 
 The classes that are handed over have a method ``save``, and ``restore`` or a parameter with what
 was saved.  :mod:`.succession` has the order of all of it, and the exchange between the two.
@@ -30,7 +32,7 @@ from ..fabric import (
 )
 from ..model.buffers import BufferSizes
 
-#: A saved object: values that JSON has.
+#: A saved object: plain values.
 Saved = dict[str, Any]
 
 
@@ -199,14 +201,14 @@ def save_endpoint(writer: Writer, endpoint: Endpoint) -> Saved:
         "context": context.cid,
         "cid": endpoint.cid,
         "port": endpoint.port,
-        "owner": endpoint.owner,
+        "owner": (*endpoint.owner,),
         "trust": trust and [trust.user, trust.privileged, sorted(trust.domains)],
         "cookie": endpoint.cookie,
         "has_cookie": context.cookies.get(endpoint.cookie) is endpoint,
         "inode": endpoint.inode,
         "listening": endpoint.listening,
         "pending": endpoint.pending,
-        "sizes": endpoint.sizes,
+        "sizes": (*endpoint.sizes,),
         "party": writer.party(endpoint.party),
         "has_port": ports.get(endpoint.port) is endpoint,
     }
@@ -252,8 +254,8 @@ def save_connection(writer: Writer, one: Connection) -> list[Any]:
         one.local,
         one.peer,
         one.size,
-        one.sizes,
-        one.owner,
+        (*one.sizes,),
+        (*one.owner,),
         writer.party(one.party),
         one.cookie,
         context.cookies.get(one.cookie) is one,
@@ -271,8 +273,8 @@ def restore_connection(reader: Reader, saved: list[Any]) -> Connection:
         number,
         context,
         reader.endpoints[listener],
-        tuple(local),
-        tuple(peer),
+        local,
+        peer,
         size,
         BufferSizes(*sizes),
         Credentials(*owner),

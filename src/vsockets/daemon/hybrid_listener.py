@@ -63,7 +63,7 @@ class HybridChannel(Channel):
 
     def save(self, writer: Writer) -> Saved:
         """Return the channel for the next vsockd."""
-        return {**super().save(writer), "cid": self._cid, "line": self._line.received.hex()}
+        return {**super().save(writer), "cid": self._cid, "line": self._line.received}
 
     @classmethod
     def restore(cls, reader: Reader, saved: Saved) -> HybridChannel:
@@ -72,7 +72,7 @@ class HybridChannel(Channel):
         channel = cls(plain.sock, plain.context, saved["cid"], plain.credentials)
         channel.watch = plain.watch
         if saved["line"]:
-            channel._line.take(bytes.fromhex(saved["line"]))
+            channel._line.take(saved["line"])
         return channel
 
     def __init__(

@@ -187,7 +187,7 @@ class ControlSession:
         contexts = self._handlers.broker.fabric.contexts
         return {
             "socket": writer.descriptor(self._sock.fileno()),
-            "received": self._received.hex(),
+            "received": self._received,
             "leases": [one.cid for one in self._leases if contexts.get(one.cid) is one],
             "topics": self._handlers.events.topics_of(self._send_event),
             "missed": self._missed,
@@ -196,7 +196,7 @@ class ControlSession:
 
     def restore(self, reader: Reader, saved: Saved) -> None:
         """Set what the previous vsockd has saved."""
-        self._received = bytes.fromhex(saved["received"])
+        self._received = saved["received"]
         self._leases = [reader.context(cid) for cid in saved["leases"]]
         self._missed = saved["missed"]
         self._awaits_replacement = saved["awaits_replacement"]
