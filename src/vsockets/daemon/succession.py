@@ -62,7 +62,7 @@ log = logging.getLogger(__name__)
 #: of the release before.
 FORMAT = 1
 
-#: Of Python 3.8 and later.  (JSON takes five times as long, and nobody is served meanwhile.)
+#: Of Python 3.8 and later.  (JSON takes five times as long, and requests wait meanwhile.)
 _PICKLE = 5
 #: Seconds for the successor to start, and to restore the state.
 _START_SECONDS = 30.0
