@@ -235,7 +235,9 @@ def test_errors_name_a_remedy(vsock: Vsock, fabric: PrivateFabric) -> None:
         )
 
 
-def test_errors_name_the_isolation_of_a_guest(vsock: Vsock, fabric: PrivateFabric) -> None:
+def test_errors_name_the_isolation_and_state_of_a_guest(
+    vsock: Vsock, fabric: PrivateFabric
+) -> None:
     guest = fabric.guest(profile="legacy", domain="lab", unrestricted=True)
     address = (vsockets.VMADDR_CID_ANY, 5562)
     with (
@@ -247,6 +249,8 @@ def test_errors_name_the_isolation_of_a_guest(vsock: Vsock, fabric: PrivateFabri
         assert line.startswith(f"connect to {guest.cid}:5562: the guest is isolated from this")
         done = vsock("connect", guest.cid, 5562, "-u", data=b"hello", expect=1)
         assert done.stderr.startswith(f"vsock: send to {guest.cid}:5562: the guest is isolated")
+        fabric.control.suspend(guest.cid)
+        assert "it is suspended or off" in vsock.fails("connect", guest.cid, 5562)
 
 
 def test_no_vsockd(vsock: Vsock) -> None:

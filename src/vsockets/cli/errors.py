@@ -5,12 +5,16 @@ from __future__ import annotations
 import errno
 import os
 
+_UNREACHABLE = (
+    "no such context, it is suspended or off, or this one may not communicate with it (see: vsock "
+    "context ls, vsock events denial)"
+)
+
 #: Causes of a failed connect, by errno; and of a failed bind and send.
 CONNECT = {
     errno.ECONNRESET: "no program listens there, its backlog is full, or this context may not "
     "connect to it (see: vsock events denial); --wait SECONDS retries",
-    errno.EHOSTUNREACH: "no such context, or this one may not communicate with it (see: vsock "
-    "context ls, vsock events denial)",
+    errno.EHOSTUNREACH: _UNREACHABLE,
     errno.EADDRINUSE: "the source port is in use (see: vsock ls)",
     errno.EACCES: "the guest is isolated from this program (see: vsock events denial), or the "
     "source port is below 1024, which needs CAP_NET_BIND_SERVICE",
@@ -27,8 +31,7 @@ SEND = {
     errno.EMSGSIZE: "the message is too large",
     errno.ECONNREFUSED: "no datagram socket is bound there, or this context may not send to it "
     "(see: vsock events denial); --wait SECONDS retries",
-    errno.EHOSTUNREACH: "no such context, or this one may not communicate with it (see: vsock "
-    "context ls, vsock events denial)",
+    errno.EHOSTUNREACH: _UNREACHABLE,
     errno.ENETDOWN: "vsockd has ended",
 }
 

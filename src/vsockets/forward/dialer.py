@@ -116,7 +116,9 @@ NOT_YET = {
 #: Explanations of the errno of a vSockets connect.
 _MEANINGS = {
     errno.ECONNRESET: "no listener at that port, or its backlog is full",
-    errno.EHOSTUNREACH: "no such context, or connecting to it is not permitted",
+    errno.EHOSTUNREACH: "no such context, it is suspended or off, or connecting to it is not "
+    "permitted",
+    errno.EACCES: "the guest is isolated from this program",
     errno.EINVAL: "the buffer sizes of the two sides are incompatible",
 }
 
