@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from vsockets.capture.recording import captured_record, file_header
+from vsockets.capture import captured_record, file_header
 from vsockets.devices.capture import CaptureSink
 from vsockets.model.constants import VMADDR_PORT_ANY
 from vsockets.protocol.vsockmon import Captured

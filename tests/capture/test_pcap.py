@@ -8,7 +8,7 @@ from pathlib import Path
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vsockets.capture.recording import LINKTYPE_VSOCK, file_header, record
+from vsockets.capture import LINKTYPE_VSOCK, file_header, record
 from vsockets.protocol.vsockmon import Operation
 
 from .dissecting import CONNECT, DISCONNECT, PAYLOAD, dissect, needs_tshark

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from vsockets.attachment import Attachment
-from vsockets.capture.recording import open_capture
+from vsockets.capture import open_capture
 from vsockets.limits import CAPTURE_PAYLOAD_MAX_BYTES
 from vsockets.protocol import RECORD_SIZE, Op, Record, Request, Role
 from vsockets.testing import PrivateFabric

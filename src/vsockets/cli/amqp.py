@@ -210,7 +210,4 @@ def _serve(listen: Locator, make: Callable[[], Proxy], verbose: bool, log_format
     from ..amqp.service import run
 
     configure_log(verbose, log_format)
-    try:
-        run(make, listen)
-    except OSError as error:
-        raise CliError(error.strerror or str(error)) from None
+    run(make, listen)

@@ -102,7 +102,7 @@ def capture(
 
 
 def _capture_device(cid: int, port: int, payload: int, file: Path) -> None:
-    from ..capture.recording import open_capture, write_capture
+    from ..capture import open_capture, write_capture
 
     place = own_context()
     if not isinstance(place, Attachment):
@@ -121,7 +121,7 @@ def _capture_device(cid: int, port: int, payload: int, file: Path) -> None:
 def _capture_forwarder(
     source: Any, target: Any, allow: tuple[Any, ...], payload: int, file: Path, verbose: bool
 ) -> None:
-    from ..capture.recording import Recorder
+    from ..capture import Recorder
     from ..forward.settings import Settings
 
     if not (isinstance(source, Vsock) or isinstance(target, Vsock)):

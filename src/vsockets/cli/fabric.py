@@ -26,9 +26,9 @@ from ..supervisor.launch import ENDED, FAILURE, MESSAGE
 from .delegation import LAUNCHER
 from .errors import CliError, one_line
 from .groups import command
-from .options import argument, cid_option, parser_of, reserved_ports_option
+from .options import cid_option, parser_of, reserved_ports_option
 from .output import complain
-from .run import interceptor_option, run_here
+from .run import interceptor_option, program_argument, run_here
 
 #: Longest report of the keeper on whether the fabric serves, in bytes.
 _REPORT_MAX = 1 << 16
@@ -59,14 +59,7 @@ def _read_hybrid(text: str) -> tuple[int, Path]:
 
 
 @command("fabric", context_settings={"allow_interspersed_args": False})
-@argument(
-    "program",
-    nargs=-1,
-    required=True,
-    type=click.UNPROCESSED,
-    metavar="COMMAND [ARGUMENT]...",
-    help="Command to run, and its arguments.",
-)
+@program_argument("COMMAND")
 @cid_option(
     "--cid", default="host", help="Context of the command: a number or host. A guest is created."
 )

@@ -30,7 +30,7 @@ from .options import (
 
 if TYPE_CHECKING:
     # Imported late, in functions: these take longer than most commands.
-    from ..capture.recording import Recorder
+    from ..capture import Recorder
     from ..forward.service import ForwardService
     from ..forward.settings import Settings
 

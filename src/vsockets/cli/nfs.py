@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import os
 from pathlib import Path
@@ -14,7 +15,6 @@ from .. import logs
 from ..model.constants import VMADDR_CID_HOST
 from ..model.locator import Inet, Locator, Vsock
 from .connect import lasting_context
-from .errors import CliError
 from .groups import group
 from .options import (
     address_option,
@@ -98,20 +98,12 @@ def serve(
             log.log(logs.NOTICE, "listening on %s:%s", scheme, listener.where)
 
     context = lasting_context(any(isinstance(locator, Vsock) for locator in addresses))
-    try:
-        allow_many_descriptors()  # each export keeps some hundred descriptors open
-        handles = HandleStore(state or _default_state())
-        try:
-            over_udp = any(isinstance(locator, Inet) for locator in addresses)
-            service = NfsService(list(export), handles, UDP_DATA_SIZE if over_udp else DATA_SIZE)
-            try:
-                asyncio.run(server.serve(service, addresses, context, opened))
-            finally:
-                service.close()
-        finally:
-            handles.close()
-    except OSError as error:
-        raise CliError(error.strerror or str(error)) from None
+    allow_many_descriptors()  # each export keeps some hundred descriptors open
+    with contextlib.closing(HandleStore(state or _default_state())) as handles:
+        over_udp = any(isinstance(locator, Inet) for locator in addresses)
+        size = UDP_DATA_SIZE if over_udp else DATA_SIZE
+        with contextlib.closing(NfsService(list(export), handles, size)) as service:
+            asyncio.run(server.serve(service, addresses, context, opened))
 
 
 @nfs.command("mount")
@@ -141,13 +133,10 @@ def mount(server: Any, export: str, folder: Path, mount_server: Any, transfer_si
         _expect(mount_server, "--mount-server")
     configure_log()
     context = lasting_context() if isinstance(server, Vsock) else None
-    try:
-        preflight.check()
-        from ..nfs.fuse_mount import mount as serve_folder
+    preflight.check()
+    from ..nfs.fuse_mount import mount as serve_folder
 
-        serve_folder(server, export, os.fspath(folder), context, mount_server, transfer_size)
-    except OSError as error:
-        raise CliError(error.strerror or str(error)) from None
+    serve_folder(server, export, os.fspath(folder), context, mount_server, transfer_size)
 
 
 def _expect(locator: Locator, name: str) -> None:

@@ -18,7 +18,7 @@ from .connect import administrator, assigned_context
 from .errors import CliError
 from .execute import exec_program
 from .groups import command
-from .options import argument, cid_option, reserved_ports_option
+from .options import Decorator, argument, cid_option, reserved_ports_option
 
 if TYPE_CHECKING:
     from ..supervisor.launch import Keeper
@@ -26,6 +26,18 @@ if TYPE_CHECKING:
 #: By state of a context in which no program can use vSockets: what it is, and the command that
 #: changes that.
 _HOW_TO_START = {"off": ("powered off", "power-on"), "suspended": ("suspended", "resume")}
+
+
+def program_argument(name: str) -> Decorator[Any]:
+    """Declare the arguments that are a program, called ``name`` in the help, and its arguments."""
+    return argument(
+        "program",
+        nargs=-1,
+        required=True,
+        type=click.UNPROCESSED,
+        metavar=f"{name} [ARGUMENT]...",
+        help=f"{name.capitalize()} to run, and its arguments.",
+    )
 
 
 interceptor_option = click.option(
@@ -39,14 +51,7 @@ interceptor_option = click.option(
 
 
 @command("run", context_settings={"allow_interspersed_args": False})
-@argument(
-    "program",
-    nargs=-1,
-    required=True,
-    type=click.UNPROCESSED,
-    metavar="PROGRAM [ARGUMENT]...",
-    help="Program to run, and its arguments.",
-)
+@program_argument("PROGRAM")
 @cid_option(
     "--cid",
     help="Context to run in: a number or host. A guest that does not exist is created. "

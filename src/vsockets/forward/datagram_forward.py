@@ -29,7 +29,7 @@ from .limits import FORWARD_FLOW_PENDING_MAX
 from .settings import Settings, admits_peer
 
 if TYPE_CHECKING:
-    from ..capture.recording import Recorder
+    from ..capture import Recorder
     from ..eventloop.asyncio_server import Listener
 
 #: Size in bytes of the largest datagram of vSockets and UDP.

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable
 
 from .._linux.rlimit import allow_many_descriptors
 from ..attachment import ContextHandle
-from ..capture.recording import Recorder
+from ..capture import Recorder
 from ..eventloop.asyncio_server import Listener, open_listener
 from ..eventloop.service import run_service, wait_first
 from ..model.locator import Exec, Inherited, Locator, Stdio

@@ -21,7 +21,7 @@ from .proxies import BadRequest, ProxyProtocol, ProxyRefusal, Socks5
 from .settings import HostRules, Settings, admits_peer
 
 if TYPE_CHECKING:
-    from ..capture.recording import Recorder
+    from ..capture import Recorder
     from ..eventloop.asyncio_server import Listener
     from .byte_reports import ByteReports
     from .pump import AsyncioSplicePump

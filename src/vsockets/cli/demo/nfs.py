@@ -29,10 +29,7 @@ def play(stage: Stage, show_progress: bool) -> tuple[list[Step], dict[str, Any]]
 
     Raises CliError if a program or library that the demo needs is missing.
     """
-    try:
-        preflight.check()
-    except OSError as error:
-        raise CliError(error.strerror or str(error)) from None
+    preflight.check()
     if shutil.which("fusermount3") is None:
         raise CliError("fusermount3 is missing, which unmounts folders: apt install fuse3")
     with tempfile.TemporaryDirectory(prefix="vsock-nfs-") as scratch:

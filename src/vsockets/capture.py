@@ -18,11 +18,11 @@ import time
 from collections.abc import Callable
 from typing import BinaryIO
 
-from ..attachment import Attachment
-from ..limits import CAPTURE_PAYLOAD_MAX_BYTES
-from ..model.constants import AF_VSOCK, VMADDR_PORT_ANY
-from ..protocol import client
-from ..protocol.vsockmon import HEADER_SIZE, Address, Captured, Operation, encode_header
+from .attachment import Attachment
+from .limits import CAPTURE_PAYLOAD_MAX_BYTES
+from .model.constants import AF_VSOCK, VMADDR_PORT_ANY
+from .protocol import client
+from .protocol.vsockmon import HEADER_SIZE, Address, Captured, Operation, encode_header
 
 #: The link type's number in tcpdump.org's list.
 LINKTYPE_VSOCK = 271

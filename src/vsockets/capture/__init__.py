@@ -1,1 +1,0 @@
-"""Capture files of the traffic of a forwarder or a device, for Wireshark and similar tools."""
