@@ -11,7 +11,7 @@ import pytest
 
 from vm import downloads
 
-from .conftest import EXAMPLES, RunPage
+from .conftest import EXAMPLES, RunPage, fetched
 
 
 def test_adapters(run_page: RunPage) -> None:
@@ -59,10 +59,7 @@ def test_systemd_is_notified_by_the_agent(run_page: RunPage) -> None:
 
 def test_systemd_is_notified_by_its_tool(run_page: RunPage, tmp_path: Path) -> None:
     if not has_vsock(shutil.which("systemd-notify")):
-        try:
-            tool = downloads.systemd_notify()
-        except downloads.Unavailable as error:
-            pytest.skip(f"no systemd-notify of 254 or later: {error}")
+        tool = fetched(downloads.systemd_notify)
         programs = tmp_path / "bin"
         programs.mkdir()
         (programs / "systemd-notify").symlink_to(tool)

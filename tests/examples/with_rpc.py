@@ -11,7 +11,7 @@ import pytest
 
 from vm import downloads
 
-from .conftest import RunPage
+from .conftest import RunPage, fetched
 
 #: The libraries take up to a minute to compile, the first time.
 pytestmark = pytest.mark.timeout(240)
@@ -20,10 +20,7 @@ pytestmark = pytest.mark.timeout(240)
 @pytest.fixture(scope="module")
 def go_rpc(go: dict[str, str]) -> dict[str, str]:
     """The environment variables of a ``go`` that finds ttrpc and gRPC as well."""
-    try:
-        return {**go, "GOPATH": os.pathsep.join((go["GOPATH"], str(downloads.go_rpc())))}
-    except downloads.Unavailable as error:
-        pytest.skip(f"no Go libraries: {error}")
+    return {**go, "GOPATH": os.pathsep.join((go["GOPATH"], str(fetched(downloads.go_rpc))))}
 
 
 def test_ttrpc(run_page: RunPage, go_rpc: dict[str, str], cargo: dict[str, str]) -> None:
