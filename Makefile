@@ -6,7 +6,7 @@ PYTHON ?= python3
 BIN = .venv/bin
 export VSOCKETS_TRANSPORT = fabric
 
-.PHONY: demo test test-replace soak bench site debian-package exhaustion test-arm64 test-containers test-examples release clean test-downloads test-site test-pytest test-ordinary-user test-debian-13 test-ruff test-mypy
+.PHONY: demo test test-replace soak bench site debian-package exhaustion test-arm64 test-containers test-examples test-systemd test-walk release clean test-downloads test-site test-pytest test-ordinary-user test-debian-13 test-ruff test-mypy
 
 # What a user needs, and no more.
 demo: .venv/usable
@@ -82,6 +82,10 @@ test-containers: .venv/ready
 # All examples, also those that make test leaves out: half a minute, and two minutes the first time.
 test-examples: .venv/ready
 	$(BIN)/pytest --override-ini 'python_files=test_*.py with_*.py' tests/examples --durations=20
+
+# The Debian package under systemd, in an emulated Debian 13: three minutes.
+test-systemd: .venv/ready
+	$(BIN)/pytest tests/environments/with_systemd.py --durations=10
 
 # From README's install line to its pastes, on Debian 12 and 13 and in a container, timed: a minute.
 test-walk: .venv/ready

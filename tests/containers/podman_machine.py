@@ -17,21 +17,18 @@ from pathlib import Path
 from typing import NamedTuple
 
 from environments import debian_13
-from environments.debian_root import make_root
+from environments.debian_root import make_disk, make_root
 from vm import downloads
 from vm.machine import PATIENCE, Machine
 from vsockets.testing import PrivateFabric
 from vsockets.vm import guest_image
-from vsockets.vm.apt import Unavailable, cached, run
+from vsockets.vm.apt import Unavailable, cached
 
 RELEASE = "forky"
 PACKAGES = ("podman", "crun", "python3")
 
 #: Where the image and the files for containers are in the machine.
 IMAGE, FILES = "/srv", "/run/files"
-
-#: Room on a disk beside its files, in MiB.
-_FREE = 256
 
 _AGENT = Path(__file__).parents[1] / "vm/agent.py"
 
@@ -120,7 +117,7 @@ def _podman() -> Path:
             raise Unavailable("needs root")
         root = folder / "root"
         make_root(root, RELEASE, PACKAGES, "--mode=root", "--variant=essential")
-        _make_disk(folder / "disk", root)
+        make_disk(folder / "disk", root)
         shutil.rmtree(root)
 
     identity = hashlib.sha256(json.dumps([RELEASE, PACKAGES]).encode()).hexdigest()[:12]
@@ -130,12 +127,4 @@ def _podman() -> Path:
 def _image() -> Path:
     """Return the disk with the image, made if need be."""
     root = debian_13.root_folder()
-    return cached(f"{root.name}-disk", lambda folder: _make_disk(folder / "disk", root)) / "disk"
-
-
-def _make_disk(disk: Path, root: Path) -> None:
-    size = int(run("du", "--summarize", "--block-size=1M", str(root)).split()[0]) + _FREE
-    # mkfs.ext4 is in root's PATH only.
-    search = f"{os.environ['PATH']}:/usr/sbin:/sbin"
-    command = ("mkfs.ext4", "-q", "-O", "^has_journal", "-d", str(root), str(disk), f"{size}M")
-    run(*command, PATH=search)
+    return cached(f"{root.name}-disk", lambda folder: make_disk(folder / "disk", root)) / "disk"

@@ -3,7 +3,10 @@
 ``make debian-package`` runs this; the package is in ``dist/`` afterwards if all has passed.  Root
 folders with the build tools and with the package's dependencies are made once by mmdebstrap, below
 ``~/.cache/vsockets``, from this machine's mirror.  Each test uses a copy (an overlay), and no
-network.  No systemd runs there; tests/packaging checks the units.
+network.  No systemd runs there; ``make test-systemd`` has one.
+
+``python -m environments.debian_package build FOLDER`` builds the package and the one of the upgrade
+into the folder.
 """
 
 from __future__ import annotations
@@ -98,7 +101,7 @@ MAY_STAY = r"""/tmp/.*
 def main() -> int:
     """Return the exit status: 0 if all releases pass or none can be tested here."""
     if namespace.is_within():
-        return _within(Path(sys.argv[1]))
+        return _within(Path(sys.argv[1]), *map(Path, sys.argv[2:]))
     problem = namespace.problem()
     if not problem and shutil.which("mmdebstrap") is None:
         problem = "mmdebstrap is missing: apt install mmdebstrap"
@@ -106,7 +109,7 @@ def main() -> int:
         print(f"Debian package: skipped: {problem}")
         return 0
     with tempfile.TemporaryDirectory(prefix="deb-", dir="/tmp") as scratch:
-        return namespace.enter(__spec__.name, scratch)
+        return namespace.enter(__spec__.name, scratch, *sys.argv[2:])
 
 
 def _root(release: str, packages: Sequence[str]) -> Path:
@@ -155,13 +158,17 @@ def _in(root: Path, script: str, log: Path) -> int:
         ).returncode
 
 
-def _within(scratch: Path) -> int:
-    """Build and test in the namespace."""
+def _within(scratch: Path, built: Path | None = None) -> int:
+    """Build in the namespace, into the folder ``built``; without it also test."""
     packages = scratch / "packages"
     packages.mkdir()
     (packages / "may-stay").write_text(MAY_STAY)
     try:
         status = _build(scratch, packages)
+        if built is not None:
+            for package in packages.glob("*.deb"):
+                shutil.copy(package, built)
+            return status
         for release, name in RELEASES.items():
             if not status:
                 status = _use(release, name, scratch, packages)

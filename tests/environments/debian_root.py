@@ -1,12 +1,16 @@
-"""Root folders of Debian's packages, made by mmdebstrap from this machine's mirror."""
+"""Root folders of Debian's packages, made by mmdebstrap from this machine's mirror, and disks."""
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
 from vsockets.vm.apt import DEBIAN, Suite, Unavailable, run
+
+#: Room on a disk beside its files, in MiB.
+_FREE = 256
 
 
 def make_root(folder: Path, release: str, packages: Sequence[str], *options: str) -> None:
@@ -21,3 +25,15 @@ def make_root(folder: Path, release: str, packages: Sequence[str], *options: str
     source = f"deb [signed-by={DEBIAN.keys}] {Suite(DEBIAN, release).mirror()} {release} main"
     command = ("mmdebstrap", "--quiet", *options, f"--aptopt={setting}")
     run(*command, f"--include={','.join(packages)}", release, str(folder), source)
+
+
+def make_disk(disk: Path, root: Path) -> None:
+    """Make the file ``disk``, an ext4 file system with the files of ``root``.
+
+    Raises Unavailable.
+    """
+    size = int(run("du", "--summarize", "--block-size=1M", str(root)).split()[0]) + _FREE
+    # mkfs.ext4 is in root's PATH only.
+    search = f"{os.environ['PATH']}:/usr/sbin:/sbin"
+    command = ("mkfs.ext4", "-q", "-O", "^has_journal", "-d", str(root), str(disk), f"{size}M")
+    run(*command, PATH=search)

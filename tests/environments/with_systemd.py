@@ -1,0 +1,248 @@
+"""``make test-systemd``: the Debian package under systemd, in a booted Debian 13.
+
+It takes longer than other tests (see docs/services.md), so that pytest finds it only by its name.
+The tests are in the order of an installation's life, and need those before them.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from vsockets.testing import wait_until
+from vsockets.vm.apt import Unavailable
+
+from .debian_package import FIRST, NEXT
+from .services_page import EXPOSURES
+from .systemd_machine import INSIDE, SystemdMachine, running
+
+pytestmark = pytest.mark.timeout(300)
+
+ENVIRONMENT = "VSOCKETS_DIR=/run/vsock VSOCKETS_TRANSPORT=fabric"
+
+CONFIGURATION = """
+[[context]]
+cid = 5
+name = "web"
+
+[[context]]
+cid = 6
+name = "db"
+"""
+
+#: The host and guest 5, two processes of the library, exchange bytes over one stream before and
+#: after a command.
+STREAM = """
+import subprocess, sys, vsockets
+client = "import vsockets;"
+client += "sock = vsockets.create_connection((2, 5000), context=vsockets.attach('/run/vsock/5'))\\n"
+client += "while data := sock.recv(100): sock.sendall(data.upper())"
+with vsockets.create_server((2, 5000), context=vsockets.attach("/run/vsock/2")) as server:
+    guest = subprocess.Popen([sys.executable, "-c", client])
+    sock, (cid, _) = server.accept()
+    for text in (b"before", b"after"):
+        sock.sendall(text)
+        print(cid, sock.recv(100).decode())
+        if text == b"before":
+            subprocess.run(sys.argv[1:], check=True, stdout=subprocess.DEVNULL)
+    sock.close()
+    guest.wait()
+"""
+
+SOCKET_UNIT = """\
+[Socket]
+ListenStream=127.0.0.1:2222
+"""
+SERVICE_UNIT = f"""\
+[Service]
+Environment={ENVIRONMENT}
+ExecStart=vsock forward fd:3 vsock:5:22 --wait 30
+"""
+
+FORWARDS = """\
+[[forward]]
+from = "unix:/run/vsock-forward/web"
+to = "vsock:5:5001"
+wait = 30
+"""
+
+
+@pytest.fixture(scope="module")
+def machine() -> Iterator[SystemdMachine]:
+    """The machine, with the package installed."""
+    with tempfile.TemporaryDirectory(prefix="sd-", dir="/tmp") as name:
+        try:
+            with running(Path(name)) as machine:
+                machine.run("dpkg", "--install", f"{INSIDE}/vsockets_{FIRST}_all.deb")
+                write(machine, "/etc/vsock/guests.toml", CONFIGURATION)
+                yield machine
+        except Unavailable as error:
+            pytest.skip(str(error))
+
+
+def write(machine: SystemdMachine, path: str, text: str) -> None:
+    machine.machine.run("open(path, 'w').write(text)", path=path, text=text)
+
+
+def stream_over(machine: SystemdMachine, *command: str) -> None:
+    """Check that a stream lives on while a command runs."""
+    result = machine.shell(f"{ENVIRONMENT} exec python3 -c {quoted(STREAM)} {' '.join(command)}")
+    assert result == "5 BEFORE\n5 AFTER\n"
+
+
+def quoted(text: str) -> str:
+    return "'" + text.replace("'", "'\\''") + "'"
+
+
+def serve_in_guest_5(machine: SystemdMachine, port: int, text: str) -> None:
+    command = f"vsock listen --exec 'echo {text}' --keep {port}"
+    unit = f"guest-{port}"
+    machine.shell(
+        f"systemd-run --quiet --unit={unit} --setenv=VSOCKETS_CONTEXT=/run/vsock/5 "
+        f"--setenv=VSOCKETS_TRANSPORT=fabric {command}"
+    )
+
+
+def test_vsockd_starts_with_the_package(machine: SystemdMachine) -> None:
+    assert machine.run("systemctl", "is-enabled", "vsockd") == "enabled\n"
+    assert machine.run("systemctl", "is-active", "vsockd") == "active\n"
+    assert machine.property("vsockd", "Type") == "notify"
+    main = machine.property("vsockd", "MainPID")
+    assert f"pid               {main}\n" in machine.run("vsock", "status")
+
+
+def test_a_reload_reads_the_configuration(machine: SystemdMachine) -> None:
+    machine.run("systemctl", "reload", "vsockd")
+    names = [row["name"] for row in json.loads(machine.run("vsock", "context", "ls", "--json"))]
+    assert names == ["host", "web", "db"]
+
+
+def test_a_start_waits_for_readiness(machine: SystemdMachine) -> None:
+    """A start that has returned has a vsockd that serves, or has failed for good."""
+    machine.shell("systemctl restart vsockd && vsock status")
+    write(machine, "/etc/vsock/wrong.toml", "[[context]]\ncid = 1\n")
+    assert machine.attempt("systemctl", "reload", "vsockd").status == 1
+    machine.run("vsock", "status")  # with the configuration before
+    assert machine.attempt("systemctl", "restart", "vsockd").status == 1
+    assert machine.property("vsockd", "ActiveState") == "failed"
+    assert machine.property("vsockd", "NRestarts") == "0"
+    log = machine.run("journalctl", "--no-pager", "--unit=vsockd")
+    assert log.count("/etc/vsock/wrong.toml:2: context.cid: 1 is out of range") == 2
+    machine.shell("rm /etc/vsock/wrong.toml; systemctl start vsockd")
+    machine.run("vsock", "status")
+
+
+def test_streams_live_on_through_a_restart(machine: SystemdMachine) -> None:
+    before = machine.property("vsockd", "MainPID")
+    stream_over(machine, "systemctl", "restart", "vsockd")
+    assert machine.property("vsockd", "MainPID") != before
+
+
+def test_a_crash_is_followed_by_a_start(machine: SystemdMachine) -> None:
+    stream_over(machine, "systemctl", "kill", "--signal=KILL", "vsockd")
+
+    def is_restarted() -> bool:
+        return machine.property("vsockd", "NRestarts") == "1" and (
+            machine.property("vsockd", "ActiveState") == "active"
+        )
+
+    wait_until(is_restarted, "systemd to start vsockd", 60)
+    machine.run("vsock", "status")
+
+
+def test_the_journal_has_denials_with_their_priority(machine: SystemdMachine) -> None:
+    connect = "VSOCKETS_CONTEXT=/run/vsock/5 VSOCKETS_TRANSPORT=fabric vsock connect 6 5000"
+    machine.shell(connect, expect=1)
+    lines = machine.run("journalctl", "--output=json", "--unit=vsockd").splitlines()
+    denials = [line for line in map(json.loads, lines) if "denied: " in str(line["MESSAGE"])]
+    assert "connect 5:any to 6:5000" in denials[-1]["MESSAGE"]
+    assert denials[-1]["PRIORITY"] == "4"
+    assert denials[-1]["_SYSTEMD_UNIT"] == "vsockd.service"
+
+
+def test_a_forward_of_a_file(machine: SystemdMachine) -> None:
+    serve_in_guest_5(machine, 5001, "from guest 5")
+    machine.run("mkdir", "--parents", "/etc/vsock/forward")
+    write(machine, "/etc/vsock/forward/web.toml", FORWARDS)
+    machine.run("systemctl", "enable", "--now", "vsock-forward@web")
+    ask = """
+    import socket
+    with socket.socket(socket.AF_UNIX) as sock:
+        sock.connect("/run/vsock-forward/web")
+        result = sock.recv(100)
+    """
+    assert machine.machine.run(ask) == b"from guest 5\n"
+    machine.run("systemctl", "reload", "vsock-forward@web")
+    assert machine.machine.run(ask) == b"from guest 5\n"
+
+
+def test_a_forward_by_socket_activation(machine: SystemdMachine) -> None:
+    """The units are those of docs/forward.md."""
+    serve_in_guest_5(machine, 22, "activated")
+    write(machine, "/run/systemd/system/guest-ssh.socket", SOCKET_UNIT)
+    write(machine, "/run/systemd/system/guest-ssh.service", SERVICE_UNIT)
+    machine.shell("systemctl daemon-reload && systemctl start guest-ssh.socket")
+    assert machine.property("guest-ssh.service", "ActiveState") == "inactive"
+    ask = """
+    import socket
+    with socket.create_connection(("127.0.0.1", 2222)) as sock:
+        result = sock.recv(100)
+    """
+    assert machine.machine.run(ask) == b"activated\n"
+    assert machine.property("guest-ssh.service", "ActiveState") == "active"
+    machine.run("systemctl", "stop", "guest-ssh.socket", "guest-ssh.service")
+    assert machine.property("guest-ssh.service", "Result") == "success"
+
+
+@pytest.mark.parametrize("kind", ["virtio", "vmci"])
+def test_a_device_of_a_machine(machine: SystemdMachine, kind: str) -> None:
+    unit, path = f"vsock-device-{kind}@5", f"/run/vsock-device-{kind}/5"
+    machine.run("systemctl", "start", unit)
+    assert machine.run("stat", "--format=%F %a", path) == "socket 600\n"
+    machine.run("systemctl", "stop", unit)
+    assert machine.property(unit, "Result") == "success"
+    machine.run("test", "!", "-e", path)
+
+
+@pytest.mark.parametrize("unit", EXPOSURES)
+def test_exposure_is_that_of_the_page(machine: SystemdMachine, unit: str) -> None:
+    name = unit.replace("@", "@5")
+    said = machine.run("systemd-analyze", "security", "--no-pager", name)
+    level = said.rpartition("exposure level for ")[2].split()[1]
+    assert float(level) <= EXPOSURES[unit], said
+
+
+def test_an_upgrade_restarts_it_and_streams_live_on(machine: SystemdMachine) -> None:
+    before = machine.property("vsockd", "MainPID")
+    stream_over(machine, "dpkg", "--install", f"{INSIDE}/vsockets_{NEXT}_all.deb")
+    assert machine.property("vsockd", "MainPID") not in (before, "0")
+    names = [row["name"] for row in json.loads(machine.run("vsock", "context", "ls", "--json"))]
+    assert names == ["host", "web", "db"]
+
+
+def test_a_stop_is_clean_and_no_program_starts_it(machine: SystemdMachine) -> None:
+    machine.run("systemctl", "stop", "vsockd")
+    assert machine.property("vsockd", "Result") == "success"
+    assert machine.property("vsockd", "ExecMainStatus") == "0"
+    assert machine.run("ls", "-A", "/run/vsock").split() == ["vsockd.start"]
+    done = machine.attempt("vsock", "run", "true")
+    assert done.status == 1
+    assert "vsockd was started as a service" in done.errors
+    assert "or remove /run/vsock/vsockd.start to allow" in done.errors
+    machine.run("systemctl", "start", "vsockd")
+
+
+def test_a_purge_leaves_nothing(machine: SystemdMachine) -> None:
+    """Not even the forward that still runs and is enabled."""
+    machine.run("systemctl", "start", "vsock-forward@web")
+    machine.shell("rm -r /etc/vsock/forward /etc/vsock/guests.toml")
+    machine.run("dpkg", "--purge", "vsockets")
+    assert machine.run("systemctl", "list-units", "--all", "--plain", "--no-legend", "vsock*") == ""
+    assert machine.shell("ls -d /run/vsock* /etc/vsock* 2>/dev/null", expect=None) == ""
+    assert machine.shell("ls /etc/systemd/system/*.wants/vsock*", expect=None) == ""
+    running = "for pid in /proc/[0-9]*; do readlink $pid/exe; tr '\\0' ' ' <$pid/cmdline; done"
+    assert "/usr/bin/vsock" not in machine.shell(f"{running} 2>/dev/null", expect=None)
