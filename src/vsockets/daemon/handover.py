@@ -12,6 +12,8 @@ was saved.  :mod:`.succession` has the order of all of it, and the exchange betw
 from __future__ import annotations
 
 import _socket
+import functools
+from collections.abc import Iterable
 from typing import Any
 
 from ..fabric import (
@@ -244,47 +246,57 @@ def restore_endpoint(reader: Reader, saved: Saved) -> Endpoint:
     return endpoint
 
 
-def save_connection(writer: Writer, one: Connection) -> list[Any]:
-    """Return a connection, as a list: there may be very many."""
-    context = one.context
+def save_connections(writer: Writer, connections: Iterable[Connection]) -> list[Any]:
+    """Return connections as tuples: there may be very many, and requests wait meanwhile."""
+    party_of, endpoint_of, group_of = writer.party, writer.endpoint, writer.group
     return [
-        one.number,
-        context.cid,
-        writer.endpoint(one.listener),
-        one.local,
-        one.peer,
-        one.size,
-        (*one.sizes,),
-        (*one.owner,),
-        writer.party(one.party),
-        one.cookie,
-        context.cookies.get(one.cookie) is one,
-        context.connected.get(one.local[1]) is one,
-        writer.group(one.watch),
+        (
+            one.number,
+            one.context.cid,
+            endpoint_of(one.listener),
+            one.local,
+            one.peer,
+            one.size,
+            (*one.sizes,),
+            (*one.owner,),
+            party_of(one.party),
+            one.cookie,
+            one.context.cookies.get(one.cookie) is one,
+            one.context.connected.get(one.local[1]) is one,
+            group_of(one.watch),
+        )
+        for one in connections
     ]
 
 
-def restore_connection(reader: Reader, saved: list[Any]) -> Connection:
-    """Return a connection, which has its port again if it had one."""
-    number, cid, listener, local, peer, size, sizes, owner, party, cookie, *rest = saved
-    has_cookie, has_port, group = rest
-    context = reader.context(cid)
-    one = Connection(
-        number,
-        context,
-        reader.endpoints[listener],
-        local,
-        peer,
-        size,
-        BufferSizes(*sizes),
-        Credentials(*owner),
-        reader.party(party),
-        cookie,
-        None if group is None else reader.groups[group],
-    )
-    if has_cookie:
-        context.cookies[cookie] = one
-    if has_port:
-        context.connected[one.local[1]] = one
-        one.party.sockets += 1
-    return one
+def restore_connections(reader: Reader, saved: list[Any]) -> list[Connection]:
+    """Return connections; each has its port again if it had one."""
+    endpoints, groups = reader.endpoints, reader.groups
+    # Most have these in common.
+    sizes_of = functools.cache(lambda sizes: BufferSizes(*sizes))
+    owner_of = functools.cache(lambda owner: Credentials(*owner))
+    party_of, context_of = functools.cache(reader.party), functools.cache(reader.context)
+    found = []
+    for number, cid, listener, local, peer, size, sizes, owner, party, cookie, *rest in saved:
+        has_cookie, has_port, group = rest
+        context, owner, whose = context_of(cid), owner_of(owner), party_of(party)
+        one = Connection(
+            number,
+            context,
+            endpoints[listener],
+            local,
+            peer,
+            size,
+            sizes_of(sizes),
+            owner,
+            whose,
+            cookie,
+            None if group is None else groups[group],
+        )
+        if has_cookie:
+            context.cookies[cookie] = one
+        if has_port:
+            context.connected[local[1]] = one
+            whose.sockets += 1
+        found.append(one)
+    return found

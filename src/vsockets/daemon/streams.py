@@ -34,7 +34,7 @@ from .._linux.sockets import cookie_of
 from ..eventloop.loop import EventLoop
 from ..fabric import Connection, Fabric
 from .channel import Channel
-from .handover import Reader, Saved, Writer, restore_connection, save_connection
+from .handover import Reader, Saved, Writer, restore_connections, save_connections
 from .limits import (
     DISCONNECT_AT_ONCE_SECONDS,
     DISCONNECT_LONGEST_RETRY_SECONDS,
@@ -321,19 +321,16 @@ class Streams:
         """Return all streams, and those to be disconnected, for the next vsockd."""
         return {
             "liveness": self._liveness.save(writer),
-            "connections": [
-                save_connection(writer, one) for one in self._fabric.connections.values()
-            ],
-            "remaining": [save_connection(writer, one) for one in self._disconnector.remaining],
+            "connections": save_connections(writer, self._fabric.connections.values()),
+            "remaining": save_connections(writer, self._disconnector.remaining),
         }
 
     def restore(self, reader: Reader, saved: Saved) -> None:
         """Add the streams that the previous vsockd has saved; their endpoints are there already."""
         self._liveness.restore(reader, saved["liveness"])
-        for row in saved["connections"]:
-            one = restore_connection(reader, row)
-            self._fabric.connections[one.number] = one
-        self._to_disconnect = [restore_connection(reader, row) for row in saved["remaining"]]
+        found = restore_connections(reader, saved["connections"])
+        self._fabric.connections.update({one.number: one for one in found})
+        self._to_disconnect = restore_connections(reader, saved["remaining"])
 
     def resume(self) -> None:
         """Continue what the previous vsockd had begun."""
