@@ -188,7 +188,9 @@ def require_qmp() -> None:
 
 
 def find_qemu(device: Device, program: str | None, download: bool) -> str:
-    """Return the path of a QEMU that supports ``device``: ``program`` if given.
+    """Return the path of a QEMU that supports ``device``.
+
+    ``program`` is used if given; ``download`` permits to download a QEMU.
 
     Raises CliError if none supports the device.
     """

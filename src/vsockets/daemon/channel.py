@@ -269,7 +269,7 @@ class Listener:
         return len(self._pending) + len(self._held) <= self._capacity
 
     def recount_pending(self) -> None:
-        """Recount pending connections: a program accepts them in order."""
+        """Update the count of pending connections; a program accepts them in their order."""
         raise NotImplementedError
 
     def announce(self, record: bytes, fd: int, party: Party) -> None:

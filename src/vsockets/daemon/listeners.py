@@ -65,7 +65,7 @@ class AnnouncedListener(Listener):
         self._capacity = max(0, min(backlog, room))
 
     def recount_pending(self) -> None:
-        """Recount by the announcements that the program has not read."""
+        """Update the count of pending connections: one for each announcement not read yet."""
         # The kernel is asked only when the count reaches a limit.
         left = unread_bytes(self._sock.fileno()) // ANNOUNCEMENT_COST
         self._remove_pending(len(self._pending) - left)
@@ -134,7 +134,7 @@ class NamedListener(Listener):
         return True
 
     def recount_pending(self) -> None:
-        """Recount by the tokens that the program has not read."""
+        """Update the count of pending connections: one for each token not accepted yet."""
         # A token stays open until the program has read its record, or closed it.
         while self._tokens and not unread_bytes(self._tokens[0].fileno()):
             self._tokens.popleft().close()

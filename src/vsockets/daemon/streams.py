@@ -239,7 +239,8 @@ class Disconnector:
     def _shut_down_remotely(self, pid: int, ends: dict[tuple[int, int], int]) -> Iterator[None]:
         """Have process ``pid``, or its supervisor, shut down sockets.
 
-        ``ends`` has the connections' numbers by inode and cookie of the socket, of which one is 0.
+        ``ends`` maps each socket, identified by ``(inode, cookie)`` with 0 for the unknown one, to
+        the number of its connection.
         """
         from ..supervisor.ptrace import tracer_of  # rarely needed
         from ..supervisor.remote_shutdown import Attempt, Target

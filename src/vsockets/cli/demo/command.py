@@ -147,7 +147,9 @@ def _send_files(sender: Program, cid: int, show_progress: bool) -> Step:
 
 
 def judge_datagrams(asked: dict[str, Any], cid: int) -> Step:
-    """Return the report's step about a datagram: the service and the client name its source."""
+    """Return the report's step about a datagram, whose source the service has reported to the
+    client.
+    """
     source, us = asked["answer"]["source"], asked["us"]
     ok = source == us and us[0] == cid and asked["service"] == [2, SOURCES]
     result = "the host received from {}:{}".format(*source)
