@@ -142,3 +142,26 @@ def test_reports_on_streams_of_others_change_nothing(fabric: PrivateFabric) -> N
                 own.send(request)
             wait_until(lambda: streams(fabric, 5063)[0]["bytes_sent"], "the report", PATIENCE)
         assert streams(fabric, 5063)[0]["bytes_sent"] == (1 << 64) - 1
+
+
+def test_reports_of_a_device_are_on_its_own_guest(fabric: PrivateFabric) -> None:
+    guest, machine = fabric.guest(65), fabric.guest(66)
+    with (
+        vsockets.create_server((2, 5065), context=fabric.host) as server,
+        vsockets.create_connection((2, 5065), context=guest) as one,
+        server.accept()[0],
+        fabric.control.attach_device(machine.cid) as link,
+    ):
+        link.send(client.count(Moved(5, 6), local=one.getsockname(), peer=(2, 5065)))
+        link.send(client.count(Moved(5, 6), local=(65, vsockets.VMADDR_PORT_ANY)))
+        link.send(client.count(Moved((1 << 64) - 1, 7), local=(66, vsockets.VMADDR_PORT_ANY)))
+        link.send(client.count(Moved(1, 2), local=(66, vsockets.VMADDR_PORT_ANY)))
+
+        def totals() -> dict[int, tuple[object, object]]:
+            rows = fabric.control.counts()["contexts"]
+            return {row["cid"]: (row["bytes_sent"], row["bytes_received"]) for row in rows}
+
+        largest = ((1 << 64) - 1, 7)
+        wait_until(lambda: totals()[66] == largest, "the reports", PATIENCE)
+        assert totals()[65] == (None, None)
+        assert streams(fabric, 5065)[0]["bytes_sent"] is None
