@@ -29,7 +29,7 @@ from socket import (
 from time import monotonic
 
 from .._linux.descriptor_passing import dispose
-from .._linux.sockets import descriptor_in
+from .._linux.sockets import HAS_PASSRIGHTS, descriptor_in
 from ..fabric import Context, Credentials, Endpoint, EndpointKind, Party, Refused
 from ..protocol import PADDING, REQUEST_SIZE, ProtocolError
 from .credentials import UCRED, Author, Deputy, Peer
@@ -43,8 +43,8 @@ _FD = struct.Struct("i")
 _AUTHOR = CMSG_LEN(UCRED.size)
 #: Ancillary space for credentials and one descriptor.
 _AUTHOR_AND_FD = CMSG_SPACE(UCRED.size) + CMSG_LEN(_FD.size)
-# Module alias of an enum member: hot path.
-_SEQPACKET = EndpointKind.SEQPACKET
+# Module aliases of enum members: hot path.
+_STREAM, _SEQPACKET = EndpointKind.STREAM, EndpointKind.SEQPACKET
 # Plain integers: `|` of enum flags costs as much as a system call.
 _SEND = int(MSG_DONTWAIT | MSG_NOSIGNAL)
 #: Flags to read a request with: from a stream, and from a packet socket.
@@ -172,7 +172,10 @@ class Channel(Peer):
 
     def close(self) -> None:
         """Close the socket, and with it descriptors in requests that have not been read."""
-        close_socket(self.sock, self.party)
+        if HAS_PASSRIGHTS and self.kind is _STREAM and not self.is_device and not self.last_device:
+            self.sock.close()  # the kernel has let it have no descriptors
+        else:
+            close_socket(self.sock, self.party)
 
     def has_hung_up(self) -> bool:
         """Return whether the client has closed its socket."""
