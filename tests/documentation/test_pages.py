@@ -183,6 +183,8 @@ def test_options_and_arguments_are_valid(page: Path) -> None:
                     continue
                 try:
                     parse(words)
+                except click.exceptions.Exit:
+                    pass  # --help
                 except click.UsageError as error:
                     if ELSEWHERE.search(error.format_message()):
                         continue
