@@ -216,12 +216,24 @@ def test_exposure_is_that_of_the_page(machine: SystemdMachine, unit: str) -> Non
     assert float(level) <= EXPOSURES[unit], said
 
 
-def test_an_upgrade_restarts_it_and_streams_live_on(machine: SystemdMachine) -> None:
-    before = machine.property("vsockd", "MainPID")
+def test_an_upgrade_replaces_it_and_nothing_is_lost(machine: SystemdMachine) -> None:
+    machine.run("systemctl", "reload", "vsockd")
+    serve_in_guest_5(machine, 5009, "from before the upgrade")
+    machine.shell("until vsock ls | grep -q 5009; do sleep 0.1; done")
+    main, before = machine.property("vsockd", "MainPID"), serving(machine)
     stream_over(machine, "dpkg", "--install", f"{INSIDE}/vsockets_{NEXT}_all.deb")
-    assert machine.property("vsockd", "MainPID") not in (before, "0")
+    assert machine.property("vsockd", "MainPID") == main
+    assert serving(machine) != before
+    answer = machine.shell(f"{ENVIRONMENT} vsock connect 5 5009")
+    assert answer == "from before the upgrade\n"
     names = [row["name"] for row in json.loads(machine.run("vsock", "context", "ls", "--json"))]
     assert names == ["host", "web", "db"]
+
+
+def serving(machine: SystemdMachine) -> int:
+    """Return the process id of the vsockd that serves."""
+    pid: int = json.loads(machine.run("vsock", "status", "--json"))["pid"]
+    return pid
 
 
 def test_a_stop_is_clean_and_no_program_starts_it(machine: SystemdMachine) -> None:

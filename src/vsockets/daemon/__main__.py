@@ -8,6 +8,7 @@ import logging
 import os
 import pickle
 import sys
+from functools import partial
 from pathlib import Path
 
 from .. import logs
@@ -100,7 +101,8 @@ def main() -> int:
     gc.freeze()
     gc.set_threshold(50_000)
     gc.enable()
-    found = vsockd.run(lambda: _announce_ready(arguments.ready_fd), arguments.lifeline_fd)
+    ready = partial(_announce_ready, arguments.ready_fd, is_successor)
+    found = vsockd.run(ready, arguments.lifeline_fd)
     if vsockd.is_replaced:
         stays = not (is_successor or arguments.background)
         folder = vsockd.leave(stays)
@@ -146,11 +148,12 @@ def _detach(log: Path) -> bool:
     return True
 
 
-def _announce_ready(ready_fd: int | None) -> None:
+def _announce_ready(ready_fd: int | None, is_successor: bool) -> None:
     if ready_fd is not None:
         os.write(ready_fd, b"ready\n")
         os.close(ready_fd)
-    notify_ready()
+    if not is_successor:  # else its service is ready already
+        notify_ready()
 
 
 if __name__ == "__main__":
