@@ -269,6 +269,8 @@ class Vsockd:
                 self._watch_folder()
                 announce_ready()
                 self.loop.run()
+                # Another one, of a service manager that signals all processes, must not end it.
+                signal.pthread_sigmask(signal.SIG_BLOCK, FORWARDED)
         finally:
             if not self.is_replaced:
                 self._clean_up()
