@@ -6,7 +6,7 @@ PYTHON ?= python3
 BIN = .venv/bin
 export VSOCKETS_TRANSPORT = fabric
 
-.PHONY: demo test test-replace soak bench site debian-package exhaustion test-arm64 test-containers test-examples test-systemd test-walk release clean test-downloads test-site test-pytest test-ordinary-user test-debian-13 test-ruff test-mypy
+.PHONY: demo test test-replace soak bench site debian-package exhaustion test-arm64 test-containers test-examples test-systemd test-walk test-recipes release clean test-downloads test-site test-pytest test-ordinary-user test-debian-13 test-ruff test-mypy
 
 # What a user needs, and no more.
 demo: .venv/usable
@@ -90,6 +90,10 @@ test-systemd: .venv/ready
 # From README's install line to its pastes, on Debian 12 and 13 and in a container, timed: a minute.
 test-walk: .venv/ready
 	PYTHONPATH=tests $(BIN)/python -m environments.walk
+
+# The recipes for CI services: action.yml and ci/.
+test-recipes: .venv/ready
+	$(BIN)/pytest tests/packaging/with_recipes.py --durations=10
 
 # Wheel, sdist, SBOM and checksums in dist/, from the commit, built twice and compared.
 release:
