@@ -39,7 +39,7 @@ AS_USER = ("--map-root-user",)
 PATIENCE = 60.0
 
 #: Seconds after its first output in which a command ends, unless it runs until it is stopped.
-_SERVICE = 0.3
+_SERVICE = 0.2
 
 _PAGE, _PROGRAMS = Path("/tmp/page"), Path("/tmp/programs")
 
