@@ -214,10 +214,11 @@ class Control:
     def replace(self) -> int:
         """Replace vsockd by a new process of what is installed now; return its process id.
 
-        It takes over all sockets, streams, guests, leases and followers of events.  Requests
-        that are made meanwhile wait.
+        The new process takes over all sockets, streams, guests, leases and subscribers of events.
+        Requests that are made meanwhile wait.
 
-        Raises OSError with the reason when it cannot take over; then the present one continues.
+        Raises OSError with the reason when the new process cannot take over; then the present one
+        continues.
         """
         pid: int = self._request("replace")["pid"]
         return pid

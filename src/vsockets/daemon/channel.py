@@ -127,7 +127,7 @@ class Channel(Peer):
         return room and may_keep_descriptor(self.sock.fileno())
 
     def save(self, writer: Writer) -> Saved:
-        """Return the channel for the next vsockd.  One that was handed off has no socket."""
+        """Return the channel for the next vsockd; a channel that was handed off has no socket."""
         return {
             "class": type(self).__name__,
             "socket": writer.descriptor(self.sock.fileno()) if self.sock.fileno() >= 0 else None,

@@ -274,7 +274,10 @@ class ContextManager:
         self._listeners: dict[Context, list[ContextListeners | HybridListener]] = {}
 
     def open(self) -> None:
-        """Create the sockets of the hypervisor and the host.  Raises OSError."""
+        """Create the sockets of the hypervisor and the host.
+
+        Raises OSError if one cannot be created.
+        """
         self._open_listeners(self._fabric.contexts.hypervisor)
         self._open_listeners(self._fabric.contexts.host)
 

@@ -306,7 +306,7 @@ class Datagrams:
         return len(self._by_cookie)
 
     def save(self, writer: Writer) -> Saved:
-        """Return all sockets and routes for the next vsockd.  Links have been saved before."""
+        """Return all sockets and routes for the next vsockd, once the links are saved."""
         contexts = {id(routes): context.cid for context, routes in self._inbound.items()}
         shares = []
         for party, share in self._shares.items():

@@ -39,7 +39,7 @@ Saved = dict[str, Any]
 
 
 class Writer:
-    """The vsockd that hands over: numbers for its objects, and its descriptors."""
+    """The state that a vsockd hands over: numbers that stand for objects, and descriptors."""
 
     def __init__(self, fabric: Fabric) -> None:
         self.descriptors: list[int] = []
@@ -95,7 +95,7 @@ class Writer:
 
 
 class Reader:
-    """The vsockd that takes over: the objects by their numbers, and the descriptors."""
+    """The state that a vsockd takes over: the objects by their numbers, and the descriptors."""
 
     def __init__(self, fabric: Fabric, descriptors: list[int]) -> None:
         self.fabric = fabric
@@ -116,7 +116,7 @@ class Reader:
         return None if number is None else self.socket(number, type_)
 
     def context(self, cid: int) -> Context:
-        """Return the context with a CID; one of its own for a CID that is no longer in use."""
+        """Return the context with this CID, or one outside the fabric if the CID is unused."""
         return self.fabric.contexts.get(cid) or Context(cid, "", 0)
 
     def party(self, saved: tuple[int, int] | None) -> Party:
@@ -124,7 +124,7 @@ class Reader:
         return self._former if saved is None else self.context(saved[0]).party_of(saved[1])
 
     def link(self, number: int) -> object:
-        """Return a link by its number; another object for -1, a closed one."""
+        """Return a link by its number; for -1, an object that stands for a closed link."""
         return self if number < 0 else self.links[number]
 
     def endpoint(self, number: int | None) -> Endpoint | None:
@@ -136,7 +136,7 @@ class Reader:
 
 
 def save_context(context: Context) -> Saved:
-    """Return a context without its sockets."""
+    """Return a context as plain values, without its sockets."""
     isolation, limits = context.isolation, context.limits
     return {
         "cid": context.cid,
@@ -160,7 +160,7 @@ def save_context(context: Context) -> Saved:
 
 
 def restore_context(fabric: Fabric, saved: Saved) -> None:
-    """Add a context, or set the host's or the hypervisor's values."""
+    """Add a context from plain values, or set those of the host or the hypervisor."""
     contexts = fabric.contexts
     context = contexts.get(saved["cid"]) or contexts.put(
         Context(saved["cid"], saved["name"], saved["owner"])
@@ -195,7 +195,7 @@ def restore_counts(counts: Counts, saved: Saved) -> None:
 
 
 def save_endpoint(writer: Writer, endpoint: Endpoint) -> Saved:
-    """Return an endpoint without its handle."""
+    """Return an endpoint as plain values, without its handle."""
     context, trust = endpoint.context, endpoint.trust
     ports = context.datagrams if endpoint.kind is EndpointKind.DATAGRAM else context.connected
     return {
@@ -217,7 +217,7 @@ def save_endpoint(writer: Writer, endpoint: Endpoint) -> Saved:
 
 
 def restore_endpoint(reader: Reader, saved: Saved) -> Endpoint:
-    """Return an endpoint, which has its port again."""
+    """Return an endpoint from plain values, after it got its port again."""
     trust, context = saved["trust"], reader.context(saved["context"])
     endpoint = Endpoint(
         EndpointKind(saved["kind"]),

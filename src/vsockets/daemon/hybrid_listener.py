@@ -256,7 +256,10 @@ class Relay(HandoffLink):
     def start(
         cls, loop: EventLoop, broker: Broker, command: Sequence[str], file: SocketFile, user: int
     ) -> Relay:
-        """Start a relay for the unix sockets beside ``file``.  Raises OSError."""
+        """Start a relay for the unix sockets beside ``file``.
+
+        Raises OSError when the process cannot be started.
+        """
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         command = [*command, file.name, str(file.folder), str(user)]
         try:

@@ -136,7 +136,7 @@ class Disconnector:
             )
 
     def _forget_ended(self) -> dict[int, int]:
-        """Forget streams that have ended; return the inodes of others' accepting ends by number."""
+        """Forget ended streams; return the accepting ends' inodes of the others, by number."""
         groups = {one.watch for one in self._remaining.values() if isinstance(one.watch, Group)}
         alive: dict[int, int] = {}
         for group in groups:

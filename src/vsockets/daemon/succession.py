@@ -243,17 +243,17 @@ class Successor:
         self._ended(reason)
 
     def cancel(self) -> None:
-        """End a process that has not taken over."""
+        """End the process, which has not taken over."""
         self._process.kill()
         self._process.wait()
         self._sock.close()
 
     def stop(self) -> None:
-        """Ask the process that has taken over to end."""
+        """Ask the process, which has taken over, to end."""
         self._process.terminate()
 
     def release(self) -> None:
-        """Let the successor begin: this process does nothing further with what it has."""
+        """Let the successor begin; this process must not use what it handed over any longer."""
         self._sock.close()
 
 
@@ -294,7 +294,7 @@ class Predecessor:
     """The vsockd that hands over, as its successor sees it."""
 
     def __init__(self, fd: int) -> None:
-        """``fd`` is this process's end of the socket between the two."""
+        """Take ownership of ``fd``, this process's end of the socket to the predecessor."""
         self.state: Saved = {}
         self.descriptors: list[int] = []
         self._sock = socket.socket(fileno=fd)
@@ -395,5 +395,5 @@ def _has_children() -> bool:
 
 
 def adopt_orphans() -> None:
-    """Become the parent of children's children whose parents end."""
+    """Become the parent of descendants whose parents end (child subreaper)."""
     check(libc.prctl(_PR_SET_CHILD_SUBREAPER, ctypes.c_ulong(1), 0, 0, 0))

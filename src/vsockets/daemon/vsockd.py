@@ -349,9 +349,9 @@ class Vsockd:
     def replace(self, failed: Callable[[str], None]) -> None:
         """Start a successor, which takes over when it is ready.
 
-        ``failed`` is called with the reason if it does not.
+        ``failed`` is called with the reason if the successor does not take over.
 
-        Raises OSError when it cannot be started.
+        Raises OSError when the successor cannot be started.
         """
         if self._successor is None:
             self._successor = Successor(self.loop, self._command, self._save, self._on_succession)

@@ -49,7 +49,7 @@ class ByteReports:
         self._is_scheduled = False
 
     def add(self, stream: Stream, sample: Callable[[], tuple[int, int]]) -> None:
-        """Report ``stream``: its guest's port and its peer.
+        """Begin to report ``stream``, which is identified by its guest's port and its peer.
 
         ``sample`` returns the bytes that the guest has sent and received, modulo 2**32.
         """

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 class _Reported:
-    """A joined connection with an end of the fabric."""
+    """A joined connection, of which at least one end is a stream of the fabric."""
 
     def __init__(self, connection: ForwardedConnection, ends: list[tuple[bool, int, int]]) -> None:
         self.connection = connection
@@ -49,7 +49,7 @@ class ByteReports:
     """Reports on the connections of a process, in the running asyncio loop."""
 
     def __init__(self, context: ContextHandle | None) -> None:
-        """Report on the streams of ``context``, by default the one that this process is in."""
+        """Report on the streams of ``context``, by default of this process's context."""
         self._loop = asyncio.get_running_loop()
         self._context = context
         self._connections: dict[ForwardedConnection, _Reported] = {}
@@ -60,7 +60,7 @@ class ByteReports:
     def add(
         self, connection: ForwardedConnection, one: stdlib.socket, other: stdlib.socket
     ) -> None:
-        """Report a connection that joins two sockets, if one is of the fabric."""
+        """Report a connection that joins two sockets, if one of them is a stream of the fabric."""
         ends = [
             (sock is one, cookie_of(sock), os.fstat(sock.fileno()).st_ino)
             for sock in (one, other)
@@ -74,11 +74,11 @@ class ByteReports:
                 self._timer = self._loop.call_later(REPORT_SECONDS, self._report)
 
     def remove(self, connection: ForwardedConnection) -> None:
-        """Report a connection no longer; call it when it has ended."""
+        """Stop reporting a connection; call this when it has ended."""
         self._connections.pop(connection, None)
 
     def close(self) -> None:
-        """End the reports."""
+        """Stop all reports."""
         self._connections.clear()
         if self._timer is not None:
             self._timer.cancel()

@@ -22,7 +22,7 @@ class Moved(NamedTuple):
     received: float
 
     def plus(self, sent: float, received: float) -> Moved:
-        """Return the sums with other numbers of bytes."""
+        """Return the sums of these and other numbers of bytes."""
         return Moved(self.sent + sent, self.received + received)
 
     def reversed(self) -> Moved:

@@ -256,7 +256,7 @@ class Ptrace:
         self._request(_SYSCALL, thread, 0, number)
 
     def step(self, thread: int) -> None:
-        """Resume a thread for one instruction: SIGTRAP stops it behind that."""
+        """Resume a thread for one instruction, after which SIGTRAP stops it."""
         self._request(_STEP, thread)
 
     def listen(self, thread: int) -> None:

@@ -147,9 +147,7 @@ def _send_files(sender: Program, cid: int, show_progress: bool) -> Step:
 
 
 def judge_datagrams(asked: dict[str, Any], cid: int) -> Step:
-    """Return the report's step about a datagram, whose source the service has reported to the
-    client.
-    """
+    """Return the report's step about a datagram, whose source the service told the client."""
     source, us = asked["answer"]["source"], asked["us"]
     ok = source == us and us[0] == cid and asked["service"] == [2, SOURCES]
     result = "the host received from {}:{}".format(*source)
@@ -158,9 +156,7 @@ def judge_datagrams(asked: dict[str, Any], cid: int) -> Step:
 
 
 def judge_refusal(code: int, cid: int, other: int) -> Step:
-    """Return the report's step about a connect from guest to guest, which ended with errno
-    ``code``.
-    """
+    """Return the report's step about guest-to-guest connect, which ended with errno ``code``."""
     result = f"refused: {errno.errorcode.get(code, code)} ({os.strerror(code)})"
     ok = code == errno.EHOSTUNREACH
     return Step(

@@ -66,7 +66,10 @@ class ControlSocket:
         path: Path,
         taken: tuple[Reader, Saved] | None = None,
     ) -> None:
-        """Create the socket, unless it is ``taken`` from the previous vsockd.  Raises OSError."""
+        """Create the socket, unless it is ``taken`` from the previous vsockd.
+
+        Raises OSError if it cannot be created.
+        """
         self._loop = loop
         self._handlers = handlers
         self._sessions: set[ControlSession] = set()
