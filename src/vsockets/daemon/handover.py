@@ -62,7 +62,7 @@ class Writer:
         return len(self.descriptors) - 1
 
     def descriptor_of(self, sock: _socket.socket | None) -> int | None:
-        """Return the number for a socket's descriptor; None without a socket."""
+        """Return the number for a socket's descriptor, or None if ``sock`` is None."""
         return None if sock is None else self.descriptor(sock.fileno())
 
     def party(self, party: Party | None) -> tuple[int, int] | None:
@@ -70,17 +70,17 @@ class Writer:
         return None if party is None else self._parties.get(party)
 
     def endpoint(self, endpoint: Endpoint | None) -> int | None:
-        """Return the number for an endpoint; None without one."""
+        """Return the number for an endpoint, or None if ``endpoint`` is None."""
         if endpoint is None:
             return None
         return self.endpoints.setdefault(endpoint, len(self.endpoints))
 
     def channel(self, channel: Any) -> int | None:
-        """Return the number for a channel; None without one."""
+        """Return the number for a channel, or None if ``channel`` is None."""
         return None if channel is None else self.channels.setdefault(channel, len(self.channels))
 
     def link(self, link: Any) -> int | None:
-        """Return the number for a link, -1 for one that was closed; None without one."""
+        """Return the number for a link: -1 if it was closed, None if ``link`` is None."""
         if link is None:
             return None
         return self.links.setdefault(link, len(self.links)) if link.is_open else -1
@@ -108,11 +108,11 @@ class Reader:
         self._former = Party("a removed context", None)
 
     def socket(self, number: int, type_: int) -> _socket.socket:
-        """Return the unix socket whose descriptor has a number."""
+        """Return the unix socket whose descriptor has the number ``number``."""
         return _socket.socket(_socket.AF_UNIX, type_, 0, self.descriptors[number])
 
     def socket_or_none(self, number: int | None, type_: int) -> _socket.socket | None:
-        """Return the unix socket whose descriptor has a number; None without a number."""
+        """Return the unix socket with a descriptor's number, or None if ``number`` is None."""
         return None if number is None else self.socket(number, type_)
 
     def context(self, cid: int) -> Context:

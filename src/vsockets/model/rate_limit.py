@@ -4,7 +4,7 @@ from __future__ import annotations
 
 
 class TokenBucket:
-    """A limiter to ``rate`` events per second; also their number in a burst after a pause."""
+    """A limit of ``rate`` events per second, and of as many at once after a pause."""
 
     __slots__ = ("_left", "_seen", "rate")
 
