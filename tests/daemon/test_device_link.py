@@ -289,6 +289,43 @@ def test_a_refused_socket_keeps_its_port(private_fabric: PrivateFabric, device: 
     wait_until(lambda: not private_fabric.control.sockets(), "the port to be free")
 
 
+def test_a_reused_port_waits_for_the_outcome_of_its_last_connect(
+    private_fabric: PrivateFabric, device: Device
+) -> None:
+    """The device's report would end the second stream, or complete it before the guest does."""
+    first = vsockets.socket(AF_VSOCK, socket.SOCK_STREAM, context=private_fabric.host)
+    first.bind((2, 6000))
+    with _connecting(first, device.cid, False) as connected:
+        offer, stream = device.offer()
+        private_fabric.control.migrate(device.cid)
+        stream.close()
+        assert connected() != 0
+    first.close()
+    second = vsockets.socket(AF_VSOCK, socket.SOCK_STREAM, context=private_fabric.host)
+    wait_until(lambda: _binds(second, 6000), "the port to be free")
+    assert second.connect_ex((device.cid, 80)) == errno.ECONNRESET
+    device.settle(offer, errno.ECONNRESET)
+    # vsockd has read the report when it replies to what came after it.
+    with device.connect(700, 2, 9) as next_request:
+        assert Record.decode(next_request.recv(RECORD_SIZE)).status == errno.ECONNRESET
+    with _connecting(second, device.cid, False) as connected:
+        _, stream = device.accept()
+        assert connected() == 0
+    third = vsockets.socket(AF_VSOCK, socket.SOCK_STREAM, context=private_fabric.host)
+    assert not _binds(third, 6000)
+    third.close()
+    stream.close()
+    second.close()
+
+
+def _binds(sock: vsockets.socket, port: int) -> bool:
+    try:
+        sock.bind((2, port))
+    except OSError:
+        return False
+    return True
+
+
 def test_a_refused_socket_is_for_that_guest_only(
     private_fabric: PrivateFabric, device: Device
 ) -> None:

@@ -7,8 +7,17 @@ from collections.abc import Callable
 
 import pytest
 
-from vsockets.fabric import Context, Endpoint, EndpointKind, Fabric, Refused
+from vsockets.fabric import (
+    Context,
+    DeviceDatagrams,
+    DevicePorts,
+    Endpoint,
+    EndpointKind,
+    Fabric,
+    Refused,
+)
 from vsockets.model.buffers import BufferSizes
+from vsockets.model.constants import VMADDR_CID_LOCAL
 
 from .programs import ME, SERVICE, YOU, StubProgram
 
@@ -416,3 +425,25 @@ class TestCookies:
     def test_a_socket_without_a_cookie_is_not_registered(self, house: House) -> None:
         house.bind(house.guest)
         assert len(house.guest.cookies) == 0
+
+
+class StubDevice:
+    """The handle of a guest's stream endpoints."""
+
+    def close(self) -> None: ...
+    def refresh(self) -> None: ...
+    def set_datagrams(self, datagrams: DeviceDatagrams) -> None: ...
+    def send_capture(self, fd: int, limit: int, port: int) -> None: ...
+    def send_buffer_size(self, own: tuple[int, int], peer: tuple[int, int], size: int) -> None: ...
+
+
+@pytest.mark.parametrize("size", [0, 4096])
+def test_device_settles_a_connect_from_the_local_cid(size: int) -> None:
+    fabric = Fabric(owner=0)
+    guest = fabric.contexts.add(3, "", 1000)
+    guest.device = DevicePorts(ME.credentials, StubDevice(), None)
+    bound = fabric.bind(guest, EndpointKind.STREAM, VMADDR_CID_LOCAL, 5000, ME)
+    listener = fabric.find_listener(guest, EndpointKind.STREAM, VMADDR_CID_LOCAL, 80, ME, bound)
+    connection = fabric.connect(guest, listener, bound, BufferSizes(), ME.credentials)
+    assert fabric.complete_pending(guest, 80, connection.local, size)
+    assert (connection.number in fabric.connections) is (size > 0)

@@ -503,6 +503,8 @@ class Broker:
         if not target.has_room():
             self._drop_if_closed(target)
             raise Refused(errno.ECONNRESET, f"the backlog of {listener.address} is full")
+        if isinstance(target, HandoffLink) and target.is_settling(request.peer_port, bound):
+            raise Refused(errno.ECONNRESET, "the device has not settled the port's last connect")
         if self._unannounced:
             self._require_announceable(channel, target)
         connection = fabric.connect(

@@ -242,6 +242,15 @@ class HandoffLink:
         """Return whether another connection may be pending."""
         return len(self._pending) < LISTEN_BACKLOG_MAX
 
+    def is_settling(self, port: int, bound: Endpoint | None) -> bool:
+        """Return whether the device has yet to report on a connect from ``bound`` to ``port``.
+
+        The client of that connect has closed, or a change of state has ended it.  The device's
+        report has addresses only, and would be taken for one on the next connect.  An ephemeral
+        port is not reused that soon.
+        """
+        return bound is not None and (port, *bound.address) in self._pending
+
     def recount_pending(self) -> None:
         """Do nothing: the device reports each outcome, so there is nothing to recount."""
 

@@ -221,7 +221,8 @@ class Fabric:
         ``size`` is the negotiated buffer size in bytes; 0 refuses the connection.  Return whether
         the connection was pending.
         """
-        context = self.contexts.get(peer[0])
+        # A socket bound to the local CID has peers in its own context only.
+        context = guest if peer[0] == VMADDR_CID_LOCAL else self.contexts.get(peer[0])
         connection = context.connected.get(peer[1]) if context is not None else None
         if not isinstance(connection, Connection) or connection.listener.context is not guest:
             return False
