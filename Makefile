@@ -6,7 +6,7 @@ PYTHON ?= python3
 BIN = .venv/bin
 export VSOCKETS_TRANSPORT = fabric
 
-.PHONY: demo test test-replace soak bench site debian-package exhaustion test-arm64 test-containers test-examples test-systemd test-walk test-recipes release clean test-downloads test-site test-pytest test-ordinary-user test-debian-13 test-ruff test-mypy
+.PHONY: demo test test-replace soak simulate bench site debian-package exhaustion test-arm64 test-containers test-examples test-systemd test-walk test-recipes release clean test-downloads test-site test-pytest test-ordinary-user test-debian-13 test-ruff test-mypy
 
 # What a user needs, and no more.
 demo: .venv/usable
@@ -53,6 +53,10 @@ test-replace: .venv/ready
 # vsockd is replaced a hundred times under ten thousand streams; about two minutes.
 soak: .venv/ready
 	PYTHONPATH=tests $(BIN)/python -m daemon.soak
+
+# Thousands of seeds of the simulator; docs/internals/simulation.md.
+simulate: .venv/ready
+	PYTHONPATH=tests $(BIN)/python -m simulation --seeds 20000
 
 # A core suite in an emulated arm64 machine; about ten minutes.
 test-arm64: .venv/ready

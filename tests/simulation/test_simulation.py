@@ -1,0 +1,177 @@
+"""The simulator finds no failure, and finds known faults when they are planted."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from time import monotonic
+from typing import Any
+
+import pytest
+
+from vsockets.daemon import handover
+from vsockets.fabric import Change, Connection, Endpoint, Fabric, life_cycle, policy
+from vsockets.fabric.model import Ports
+
+from . import fabric_world
+from .__main__ import WORLDS
+from .engine import Failure, World, generate, run, shorten, simulate
+from .fabric_world import FabricWorld
+
+SECONDS = 20  #: of one core, for all worlds
+STEPS = 300
+
+Plant = Callable[[pytest.MonkeyPatch], None]
+
+
+@pytest.mark.parametrize("world", WORLDS)
+def test_no_seed_fails(world: type[World]) -> None:
+    end, seed = monotonic() + SECONDS / len(WORLDS), 0
+    while monotonic() < end:
+        simulate(world, seed, STEPS)
+        seed += 1
+    assert seed
+
+
+@pytest.mark.parametrize("world", WORLDS)
+def test_a_seed_decides_everything(world: type[World]) -> None:
+    assert generate(world, 1, STEPS) == generate(world, 1, STEPS)
+    assert generate(world, 1, STEPS) != generate(world, 2, STEPS)
+
+
+class Counting(World):
+    """A world that fails after twelve of one action and one of another."""
+
+    def __init__(self) -> None:
+        self.taken: list[str] = []
+
+    def do_a(self, _: object) -> None:
+        self.taken.append("a")
+
+    def do_b(self, _: object) -> None:
+        self.taken.append("b")
+
+    do_c = do_b
+
+    def do_d(self, _: object) -> None:
+        assert self.taken.count("a") < 12
+
+
+def test_history_is_shortened() -> None:
+    history = [(name, number) for number in range(40) for name in "abc"] + [("d", 0), ("a", 1)]
+    history = shorten(Counting, 0, history).history
+    assert [name for name, _ in history] == [*"aaaaaaaaaaaa", "d"]
+
+
+# Planted faults
+
+
+def report_for_an_earlier_connect(patch: pytest.MonkeyPatch) -> None:
+    """Found by this simulator: a device's report was taken for one on the port's next connect."""
+    patch.setattr(FabricWorld, "_is_settling", lambda *_: False)
+
+
+def local_connect_is_not_settled(patch: pytest.MonkeyPatch) -> None:
+    """Found by this simulator: a report on a connect from the local CID was ignored."""
+    complete = Fabric.complete_pending
+
+    def faulty(self: Fabric, guest: Any, port: int, peer: tuple[int, int], size: int) -> bool:
+        return peer[0] != 1 and complete(self, guest, port, peer, size)
+
+    patch.setattr(Fabric, "complete_pending", faulty)
+
+
+def any_holder_releases(patch: pytest.MonkeyPatch) -> None:
+    """The close of a refused socket releases the port that its stream has taken over."""
+    patch.setattr(Ports, "release", lambda self, port, _: self.pop(port, None) is not None)
+
+
+def released_sockets_stay_counted(patch: pytest.MonkeyPatch) -> None:
+    """A party reaches its limit of sockets without having any."""
+    end = Fabric.end
+
+    def faulty(self: Fabric, number: int) -> None:
+        connection = self.connections.get(number)
+        end(self, number)
+        if connection is not None and connection.cookie % 5 == 0:
+            connection.party.sockets += 1
+
+    patch.setattr(Fabric, "end", faulty)
+
+
+def migration_keeps_streams(patch: pytest.MonkeyPatch) -> None:
+    """Guide page 7: vSockets "do not survive live migration"."""
+    drops = life_cycle.DROPS_CONNECTIONS - {Change.MIGRATE}
+    patch.setattr(life_cycle, "DROPS_CONNECTIONS", drops)
+
+
+def fault_tolerance_of_the_destination(patch: pytest.MonkeyPatch) -> None:
+    """A guest in FT mode is connected to."""
+    path = policy.require_path
+    patch.setattr(
+        policy, "require_path", lambda a, b, connecting: path(a, b, connecting and a.fault_tolerant)
+    )
+
+
+def trust_of_the_moment(patch: pytest.MonkeyPatch) -> None:
+    """Trust is that of the connecting guest's side, not that of the endpoint's creation."""
+    trust = policy.require_trust
+    patch.setattr(policy, "require_trust", lambda *a: None if a[3] and a[0].cid == 4 else trust(*a))
+
+
+def domains_are_ignored(patch: pytest.MonkeyPatch) -> None:
+    """Legacy guests of different domains reach each other."""
+    patch.setattr(policy, "_require_neighbours", lambda *_: None)
+
+
+def replaced_vsockd_forgets_parties(patch: pytest.MonkeyPatch) -> None:
+    """After a replace, a socket's port is not counted for its party."""
+    restore = handover.restore_endpoint
+
+    def faulty(reader: Any, saved: Any) -> Endpoint:
+        return restore(reader, saved | {"party": None})
+
+    patch.setattr(fabric_world, "restore_endpoint", faulty)
+
+
+def replaced_vsockd_forgets_ports(patch: pytest.MonkeyPatch) -> None:
+    """After a replace, the port of an established stream is free."""
+    restore = handover.restore_connections
+
+    def faulty(reader: Any, saved: list[Any]) -> list[Connection]:
+        return restore(reader, [(*one[:11], False, one[12]) for one in saved])
+
+    patch.setattr(fabric_world, "restore_connections", faulty)
+
+
+FABRIC_FAULTS: list[Plant] = [
+    report_for_an_earlier_connect,
+    local_connect_is_not_settled,
+    any_holder_releases,
+    released_sockets_stay_counted,
+    migration_keeps_streams,
+    fault_tolerance_of_the_destination,
+    trust_of_the_moment,
+    domains_are_ignored,
+    replaced_vsockd_forgets_parties,
+    replaced_vsockd_forgets_ports,
+]
+
+
+#: the first seed to try for a fault that few seeds find
+FIRST_SEEDS: dict[Plant, int] = {local_connect_is_not_settled: 1400}
+
+
+def find(world: type[World], first: int, seeds: int = 500) -> Failure:
+    """Return the failure of the first seed that fails, with its whole history."""
+    for seed in range(first, first + seeds):
+        try:
+            run(world, seed, generate(world, seed, STEPS))
+        except Failure as failure:
+            return failure
+    raise AssertionError(f"not found with {seeds} seeds")
+
+
+@pytest.mark.parametrize("plant", FABRIC_FAULTS)
+def test_planted_fault_is_found(plant: Plant, monkeypatch: pytest.MonkeyPatch) -> None:
+    plant(monkeypatch)
+    assert isinstance(find(FabricWorld, FIRST_SEEDS.get(plant, 0)).error, AssertionError)
