@@ -9,9 +9,10 @@ from time import monotonic
 
 from .engine import Failure, World, simulate
 from .fabric_world import FabricWorld
+from .virtio_world import VirtioWorld
 
 #: The worlds; a seed is run in each.
-WORLDS: tuple[type[World], ...] = (FabricWorld,)
+WORLDS: tuple[type[World], ...] = (FabricWorld, VirtioWorld)
 
 
 def main() -> int:

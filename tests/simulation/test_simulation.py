@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 
 from vsockets.daemon import handover
+from vsockets.devices.virtio.connection import VirtioConnection
+from vsockets.devices.virtio.credit import ReceiveCredit, SendCredit
 from vsockets.fabric import Change, Connection, Endpoint, Fabric, life_cycle, policy
 from vsockets.fabric.model import Ports
 
@@ -16,6 +18,7 @@ from . import fabric_world
 from .__main__ import WORLDS
 from .engine import Failure, World, generate, run, shorten, simulate
 from .fabric_world import FabricWorld
+from .virtio_world import VirtioWorld
 
 SECONDS = 20  #: of one core, for all worlds
 STEPS = 300
@@ -143,6 +146,28 @@ def replaced_vsockd_forgets_ports(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(fabric_world, "restore_connections", faulty)
 
 
+def unread_packets_are_not_counted(patch: pytest.MonkeyPatch) -> None:
+    """Mended in "virtio: count the packets that a guest has not read, as Linux does"."""
+    patch.setattr(SendCredit, "packet_size", lambda self, room: room)
+
+
+def credit_comes_late(patch: pytest.MonkeyPatch) -> None:
+    """Mended in "credit in time for guests that limit themselves": of the device's buffer only."""
+    due = ReceiveCredit.update_is_due
+    patch.setattr(ReceiveCredit, "update_is_due", lambda self, _: due(self, self.size))
+
+
+def rest_of_a_write_is_lost(patch: pytest.MonkeyPatch) -> None:
+    """What the socket has no room for is not kept."""
+    patch.setattr(VirtioConnection, "_save", lambda *_: None)
+
+
+VIRTIO_FAULTS: list[Plant] = [
+    unread_packets_are_not_counted,
+    credit_comes_late,
+    rest_of_a_write_is_lost,
+]
+
 FABRIC_FAULTS: list[Plant] = [
     report_for_an_earlier_connect,
     local_connect_is_not_settled,
@@ -171,7 +196,8 @@ def find(world: type[World], first: int, seeds: int = 500) -> Failure:
     raise AssertionError(f"not found with {seeds} seeds")
 
 
-@pytest.mark.parametrize("plant", FABRIC_FAULTS)
+@pytest.mark.parametrize("plant", [*FABRIC_FAULTS, *VIRTIO_FAULTS])
 def test_planted_fault_is_found(plant: Plant, monkeypatch: pytest.MonkeyPatch) -> None:
     plant(monkeypatch)
-    assert isinstance(find(FabricWorld, FIRST_SEEDS.get(plant, 0)).error, AssertionError)
+    world = VirtioWorld if plant in VIRTIO_FAULTS else FabricWorld
+    assert isinstance(find(world, FIRST_SEEDS.get(plant, 0)).error, AssertionError)
