@@ -158,7 +158,7 @@ def credit_comes_late(patch: pytest.MonkeyPatch) -> None:
 
 
 def rest_of_a_write_is_lost(patch: pytest.MonkeyPatch) -> None:
-    """What the socket has no room for is not kept."""
+    """Bytes for which the socket has no room are not kept."""
     patch.setattr(VirtioConnection, "_save", lambda *_: None)
 
 
