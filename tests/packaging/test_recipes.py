@@ -18,12 +18,29 @@ GITLAB = yaml.safe_load((ROOT / "ci/gitlab.yml").read_text())
 
 @pytest.mark.parametrize(
     ("schema", "file"),
-    [("vendor.github-actions", "action.yml"), ("vendor.gitlab-ci", "ci/gitlab.yml")],
+    [
+        ("vendor.github-actions", "action.yml"),
+        ("vendor.github-workflows", ".github/workflows/test.yml"),
+        ("vendor.gitlab-ci", "ci/gitlab.yml"),
+    ],
 )
 def test_the_service_accepts_the_file(schema: str, file: str) -> None:
     command = ("-m", "check_jsonschema", "--builtin-schema", schema, "--no-cache", ROOT / file)
     done = subprocess.run([sys.executable, *command], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_jobs_of_the_project_are_targets_of_its_makefile() -> None:
+    workflow = yaml.safe_load((ROOT / ".github/workflows/test.yml").read_text())
+    makefile = (ROOT / "Makefile").read_text()
+    jobs = workflow["jobs"]
+    targets = [
+        target
+        for job in (jobs["packages"], jobs["nightly"])
+        for target in job["strategy"]["matrix"]["target"]
+    ]
+    assert [target for target in targets if f"\n{target}:" not in makefile] == []
+    assert jobs["all"]["steps"][-1]["run"].endswith(" .ci/run")
 
 
 def test_every_input_of_the_action_is_used_and_no_other() -> None:
