@@ -105,7 +105,8 @@ def _prepare(root: Path, keep: list[Path]) -> None:
     """Hide the machine's folders except for those in ``keep``, and make the page's."""
     subprocess.run(["mount", "-t", "tmpfs", "none", "/mnt"], check=True)
     hidden = [Path(name) for name in ("/tmp", "/run", "/srv") if Path(name).is_dir()]
-    kept = [path for path in keep if any(path.is_relative_to(folder) for folder in hidden)]
+    kept = {path for path in keep if any(path.is_relative_to(folder) for folder in hidden)}
+    kept = {path for path in kept if kept.isdisjoint(path.parents)}  # not those within another
     for number, path in enumerate(kept):
         Path("/mnt", str(number)).mkdir()
         subprocess.run(["mount", "--rbind", path, f"/mnt/{number}"], check=True)
