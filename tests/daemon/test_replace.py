@@ -243,7 +243,7 @@ def test_hybrid_vsock_stays(fabric: PrivateFabric) -> None:
         path = Path(folder, "v.sock")
         guest = fabric.guest(7, hybrid=path)
         with (
-            vsockets.create_server((7, 1000), context=guest) as agent,
+            vsockets.create_server((7, 5000), context=guest) as agent,
             socket.socket(socket.AF_UNIX) as tool,
             socket.socket(socket.AF_UNIX) as service,
         ):
@@ -253,7 +253,7 @@ def test_hybrid_vsock_stays(fabric: PrivateFabric) -> None:
             accepted, _ = service.accept()
             tool.settimeout(PATIENCE)
             tool.connect(str(path))
-            tool.send(b"CONNECT 1")
+            tool.send(b"CONNECT 5")
             wait_until(lambda: unread(tool) == 0, "vsockd to read the beginning")
 
             fabric.control.replace()
