@@ -22,8 +22,10 @@ import vsockets
 from vsockets import AF_VSOCK, Attachment
 from vsockets._linux.inspection import unread_bytes
 from vsockets.control import Control
+from vsockets.daemon import succession
 from vsockets.protocol import RECORD_SIZE, Record
 from vsockets.protocol.client import local_cid
+from vsockets.state_folder import LOCK
 from vsockets.testing import FabricFailed, PrivateFabric, wait_until
 
 from .raw_client import descriptors
@@ -329,6 +331,93 @@ def test_a_vsockd_that_is_stopped_ends_its_successor(fabric: PrivateFabric) -> N
             threading.Thread(target=replace_once, args=(fabric.folder,)).start()
         fabric.stop()
         fabric.start()
+
+
+def test_the_first_process_ends_with_the_last_vsockd(fabric: PrivateFabric) -> None:
+    """The status is the last vsockd's, even while a relay continues to serve streams."""
+    with tempfile.TemporaryDirectory(prefix="hybrid-", dir="/tmp") as folder:
+        path = Path(folder, "v.sock")
+        guest = fabric.guest(7, hybrid=path)
+        with socket.socket(socket.AF_UNIX) as service:
+            service.bind(f"{path}_1024")
+            service.listen()
+            with vsockets.create_connection((2, 1024), context=guest):  # starts the relay
+                accepted, _ = service.accept()
+                fabric.control.replace()
+                last = fabric.control.replace()
+                fabric.control.status()  # then it serves
+                os.kill(last, signal.SIGKILL)
+                with pytest.raises(FabricFailed, match=f"status {128 + signal.SIGKILL}"):
+                    wait_until(lambda: has_ended(fabric), "the first process to end", PATIENCE)
+                    fabric.stop()
+                accepted.close()
+
+
+def has_ended(fabric: PrivateFabric) -> bool:
+    """Return whether the process that the fabric has started has ended."""
+    return bool(os.waitid(os.P_PID, fabric.pid, os.WEXITED | os.WNOWAIT | os.WNOHANG))
+
+
+def test_a_predecessor_that_is_stopped_ends_later() -> None:
+    """The successor waits however long the predecessor is stopped: one of them always serves."""
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    failed: list[OSError] = []
+
+    def confirm() -> None:
+        predecessor = succession.Predecessor(theirs.detach())
+        try:
+            predecessor.confirm()
+        except OSError as error:
+            failed.append(error)
+
+    before, succession._RESTORE_SECONDS = succession._RESTORE_SECONDS, 0.05
+    try:
+        successor = threading.Thread(target=confirm)
+        successor.start()
+        assert ours.recv(64) == b"taken"
+        successor.join(0.5)
+        assert successor.is_alive(), failed
+    finally:
+        succession._RESTORE_SECONDS = before
+        ours.close()
+    successor.join(PATIENCE)
+    assert not successor.is_alive() and not failed
+
+
+def test_a_folder_that_is_moved_meanwhile_ends_the_successor(
+    fabric: PrivateFabric, guest: Attachment
+) -> None:
+    """Neither vsockd watches the folder between the state and the successor's beginning."""
+    started = fabric.pid
+    # They take time to restore.
+    listening = [vsockets.create_server((guest.cid, 5000 + at), context=guest) for at in range(500)]
+    threading.Thread(target=replace_once, args=(fabric.folder,)).start()
+    lock = str(fabric.folder / LOCK)
+    while not (successor := holder_among_children(started, lock)):
+        pass  # the handover takes milliseconds
+    os.kill(successor, signal.SIGSTOP)
+    moved = fabric.folder.with_name("moved")
+    fabric.folder.rename(moved)
+    os.kill(successor, signal.SIGCONT)
+    ended = os.waitid(os.P_PID, started, os.WEXITED | os.WNOWAIT)
+    assert ended is not None and (ended.si_code, ended.si_status) == (os.CLD_EXITED, 1)
+    assert not Path(f"/proc/{successor}").exists()
+    for sock in listening:
+        sock.close()
+    moved.rename(fabric.folder)
+    fabric.expect_errors()
+    with pytest.raises(FabricFailed, match="status 1"):
+        fabric.stop()
+
+
+def holder_among_children(pid: int, file: str) -> int:
+    """Return the id of a child of ``pid`` that has ``file`` open, or 0."""
+    for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split():
+        with contextlib.suppress(OSError):
+            for link in Path(f"/proc/{child}/fd").iterdir():
+                if os.readlink(link) == file:
+                    return int(child)
+    return 0
 
 
 def replace_once(folder: Path) -> None:

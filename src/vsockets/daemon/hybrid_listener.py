@@ -264,7 +264,10 @@ class Relay(HandoffLink):
         command = [*command, file.name, str(file.folder), str(user)]
         try:
             with theirs:
-                process = subprocess.Popen(command, stdin=theirs.fileno(), pass_fds=[file.folder])
+                # In a process group of its own: see :func:`.succession.wait_for_successors`.
+                process = subprocess.Popen(
+                    command, stdin=theirs.fileno(), pass_fds=[file.folder], process_group=0
+                )
         except OSError:
             ours.close()
             raise

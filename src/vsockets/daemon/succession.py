@@ -323,9 +323,12 @@ class Predecessor:
     def confirm(self) -> None:
         """Report that all was restored; return when the predecessor serves no longer.
 
-        Raises OSError if the predecessor does not end.
+        Raises OSError if the predecessor has not waited for the report.
         """
         self._sock.send(b"taken")
+        # Without a timeout: a predecessor that was stopped meanwhile (SIGSTOP, a suspended machine)
+        # ends as soon as it runs again, and this process has to serve then.
+        self._sock.settimeout(None)
         if self._sock.recv(1):
             raise ConnectionResetError("unexpected message of the predecessor")
         self._sock.close()
@@ -378,17 +381,26 @@ def _serving(folder: Path) -> int:
 
 
 def _ended_children() -> Iterator[int]:
+    """Reap the children that have ended, and return the wait statuses of those that are vsockd.
+
+    The others are relays, which have process groups of their own.
+    """
     with contextlib.suppress(ChildProcessError):
-        while True:
-            pid, status = os.waitpid(-1, os.WNOHANG)
-            if not pid:
-                return
-            yield status
+        while ended := os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT):
+            is_vsockd = os.getpgid(ended.si_pid) == os.getpgrp()
+            _, status = os.waitpid(ended.si_pid, 0)
+            if is_vsockd:
+                yield status
 
 
 def _has_children() -> bool:
+    """Return whether this process has a child that is vsockd.
+
+    A relay is no reason to wait: it serves its streams after vsockd has crashed, and a service
+    manager has to start another vsockd meanwhile.
+    """
     try:
-        os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+        os.waitid(os.P_PGID, os.getpgrp(), os.WEXITED | os.WNOHANG | os.WNOWAIT)
     except ChildProcessError:
         return False
     return True

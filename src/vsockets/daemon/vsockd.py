@@ -322,6 +322,7 @@ class Vsockd:
             self._watch = FolderWatch(self.loop, self._held, _NEEDED, self._end_if_lost)
         except OSError as error:  # for example, the user's limit of inotify instances (128)
             log.warning("cannot notice a removal of %s: %s", self.folder, error.strerror)
+        self._end_if_lost()  # it may have been moved while no vsockd watched it
 
     def _end_if_lost(self) -> None:
         """Stop serving if the state folder was moved or lost a file: no program could connect."""
