@@ -20,7 +20,7 @@ demo: .venv/usable
 # Each part runs whatever becomes of the others; it fails if one of them does.
 test: .venv/ready
 	@$(MAKE) --keep-going --no-print-directory --jobs=1 \
-		test-downloads test-site test-pytest test-ordinary-user test-debian-13 test-ruff test-mypy
+		test-downloads test-site test-pytest test-ordinary-user test-debian-13 debian-package test-ruff test-mypy
 
 test-downloads:
 	PYTHONPATH=tests $(BIN)/python -m vm.downloads
@@ -62,7 +62,8 @@ simulate: .venv/ready
 test-arm64: .venv/ready
 	PYTHONPATH=tests $(BIN)/python -m environments.arm64
 
-# dist/vsockets_VERSION_all.deb, after it was installed, used, upgraded and purged on Debian 12 and 13.
+# dist/vsockets_VERSION_all.deb, after it was installed, used, upgraded and purged on Debian 12 and 13;
+# skipped without root or mmdebstrap.
 debian-package: .venv/ready
 	PYTHONPATH=tests $(BIN)/python -m environments.debian_package
 
