@@ -1,6 +1,7 @@
 """vSockets for any hypervisor and for none.
 
-``vsockets.socket`` is a drop-in for ``socket.socket`` with AF_VSOCK.  See README.md.
+``vsockets.socket`` is a drop-in for ``socket.socket`` with AF_VSOCK.  See README.md.  Page numbers
+in the documentation are those of VMware's *vSockets Programming Guide* ("the guide").
 """
 
 from . import transports as _transports  # noqa: F401  # registers the socket classes

@@ -4,7 +4,7 @@
 #: bytes are its header.
 MAX_DATAGRAM = 17 * 4096 - 24
 
-#: Buffer sizes of the guide, page 14, in bytes.
+#: Buffer sizes of VMware's guide, page 14, in bytes.
 STREAM_BUFFER_DEFAULT_BYTES = 65_536
 STREAM_BUFFER_MIN_BYTES = 128
 STREAM_BUFFER_MAX_BYTES = 262_144

@@ -242,7 +242,7 @@ def toml_lines(text: str) -> dict[KeyPath, int]:
 
 
 class _Walk:
-    """One pass over a document."""
+    """A scanner of a TOML document, which records the line of each key in :attr:`lines`."""
 
     def __init__(self, text: str) -> None:
         self.lines: dict[KeyPath, int] = {}

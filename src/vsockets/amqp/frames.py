@@ -254,8 +254,8 @@ class FrameAssembler:
 class CloseHandshake:
     """The wait for a client's connection.close-ok; everything before it is discarded.
 
-    Frame boundaries are unknown here, so close-ok is recognized by its bytes alone.  A message
-    that contains the same bytes only ends the connection a little earlier.
+    Frame boundaries are unknown here, so close-ok is recognized by its bytes alone.  If a
+    message contains the same bytes, the connection merely ends a little earlier.
     """
 
     def __init__(self) -> None:

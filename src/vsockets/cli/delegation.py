@@ -114,16 +114,16 @@ def _inherited() -> Iterator[int]:
 
 
 class Delegated:
-    """A program that was started for a ``vsock run``."""
+    """A program that the launcher started for its client, a process of ``vsock run``."""
 
     def __init__(self, channel: socket.socket, pid: int, client: int) -> None:
-        """Take ownership of ``channel``; ``client`` is the process ID of the ``vsock run``."""
+        """Take ownership of ``channel``; ``client`` is the client's process ID."""
         self.channel = channel
         self.pid = pid
         self._client = client
 
     def on_message(self) -> bool:
-        """Handle a message of the ``vsock run``; return False when it has ended."""
+        """Handle a message of the client; return False when the client has ended."""
         try:
             message = self.channel.recv(MESSAGE.size)
         except ConnectionResetError:
@@ -138,7 +138,7 @@ class Delegated:
         return True
 
     def on_status(self, status: int) -> None:
-        """Pass a wait status on to the ``vsock run``."""
+        """Report the program's wait status to the client."""
         with contextlib.suppress(OSError):
             if os.WIFCONTINUED(status):
                 os.kill(self._client, signal.SIGCONT)

@@ -112,7 +112,7 @@ def main() -> int:
 
 
 def _successor(arguments: argparse.Namespace) -> list[str]:
-    """Return the command of a vsockd that takes over from this one, but for its last argument."""
+    """Return the command of a vsockd that takes over from this one, without the last argument."""
     command = [sys.executable, "-P", "-m", "vsockets.daemon"]
     command += ["--dir", str(arguments.dir.absolute()), "--log-format", arguments.log_format]
     command += ["--log-level", arguments.log_level]

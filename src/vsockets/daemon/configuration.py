@@ -267,7 +267,7 @@ def _grant(table: Table) -> Grant:
 
 
 def _id(table: Table, key: str, what: str, look_up: Callable[[str], int]) -> int | None:
-    """Return a user or group id, given by name or number; a number need not exist."""
+    """Return a user or group id, given by name or number; a number is not looked up."""
     value = table.values.get(key)
     if value is None:
         return None
@@ -283,7 +283,7 @@ def _id(table: Table, key: str, what: str, look_up: Callable[[str], int]) -> int
 
 
 def _executable(table: Table) -> str | None:
-    """Return a program's path, which must be real: the kernel reports no links."""
+    """Return a program's path, without symbolic links, as the kernel reports it."""
     path = table.text("executable")
     if path is None:
         return None

@@ -393,7 +393,7 @@ class ContextManager:
         self._finish_removal(context)
 
     def configure(self, settings: Settings, others: bool = True) -> None:
-        """Add guests of ``settings`` that are missing; set isolation and limits of those there.
+        """Add missing guests of ``settings``; set the isolation and limits of existing ones.
 
         With ``others``, set also the limits of contexts without a configuration.  No connection is
         dropped, and no guest removed.

@@ -385,7 +385,7 @@ class Datagrams:
         self._sweep_later()
 
     def catch_all(self, context: Context, sock: _socket.socket) -> DatagramSocket:
-        """Return ``sock`` as the receiver of datagrams to ports of ``context`` without a socket."""
+        """Return ``sock`` as the receiver of datagrams to all unbound ports of ``context``."""
         share = self._share(context.party_of(context.owner), context)
         return self._name(sock, f"{context.cid}.all", share.quota)
 

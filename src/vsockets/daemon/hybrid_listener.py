@@ -130,7 +130,7 @@ class HybridListener:
     ) -> None:
         """Create the socket and accept connections; ``relay`` is the relay process's command.
 
-        ``taken`` is what the previous vsockd has saved of it.
+        ``taken`` is the listener that the previous vsockd has saved.
 
         Raises OSError when it cannot be created.
         """

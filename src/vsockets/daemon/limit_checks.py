@@ -36,13 +36,16 @@ def require_unreserved(fd: int) -> None:
 
 
 def may_keep_descriptor(fd: int) -> bool:
-    """Return whether ``fd`` may be kept for the next request: it is in the reserve's lower half."""
+    """Return whether a connection's ``fd`` may stay open for another request.
+
+    The upper half of the reserve is for connections that make one request.
+    """
     limit, reserve = _sizes()
     return fd < limit - reserve // 2
 
 
 def max_silent_descriptors() -> int:
-    """Return how many descriptors of the upper half may wait for their first request."""
+    """Return how many connections in the reserve's upper half may have sent no request yet."""
     return _sizes()[1] // 4
 
 

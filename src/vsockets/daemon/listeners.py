@@ -81,7 +81,7 @@ class AnnouncedListener(Listener):
 
 
 class NamedListener(Listener):
-    """A listening unix socket of an unmodified program."""
+    """A listening unix socket of an unmodified program, which gets tokens: see above."""
 
     marks_records = True
 

@@ -119,7 +119,10 @@ class StreamLiveness:
     """
 
     def __init__(self, end: Callable[[int], None]) -> None:
-        """Call ``end`` with each stream found to have ended, possibly more than once."""
+        """Start without streams.
+
+        ``end`` is called with the number of each stream found to have ended, possibly repeatedly.
+        """
         self._end = end
         self._events = select.epoll()  # of the groups
         #: descriptor number under which handed-off sockets are registered, never used otherwise

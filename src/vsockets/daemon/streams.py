@@ -63,7 +63,11 @@ class Disconnector:
     """The streams that must end and have not ended yet."""
 
     def __init__(self, loop: EventLoop, deferred: DeferredWork, end: Callable[[int], None]) -> None:
-        """Call ``end`` with each stream found to have ended, also with those of other guests."""
+        """Start without streams.
+
+        ``end`` is called with the number of each stream found to have ended, whether or not that
+        stream was to be disconnected.
+        """
         self._loop = loop
         self._deferred = deferred
         self._report_end = end
@@ -327,14 +331,14 @@ class Streams:
         }
 
     def restore(self, reader: Reader, saved: Saved) -> None:
-        """Add the streams that the previous vsockd has saved; their endpoints are there already."""
+        """Add the streams that the previous vsockd has saved; endpoints are restored before."""
         self._liveness.restore(reader, saved["liveness"])
         found = restore_connections(reader, saved["connections"])
         self._fabric.connections.update({one.number: one for one in found})
         self._to_disconnect = restore_connections(reader, saved["remaining"])
 
     def resume(self) -> None:
-        """Continue what the previous vsockd had begun."""
+        """Disconnect the streams that the previous vsockd has not disconnected yet."""
         if self._to_disconnect:
             self._disconnector.disconnect(self._to_disconnect)
             self._to_disconnect = []

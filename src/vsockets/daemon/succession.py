@@ -109,7 +109,7 @@ def save_broker(writer: Writer, broker: Broker) -> Saved:
 
 
 def _save_references(writer: Writer) -> tuple[list[Saved], list[Saved], list[Saved]]:
-    """Save the links, channels and endpoints that have been mentioned, and those they mention."""
+    """Save the links, channels and endpoints that have a number, and all that these refer to."""
     links: list[Saved] = []
     channels: list[Saved] = []
     endpoints: list[Saved] = []
@@ -283,10 +283,10 @@ def _send(sock: socket.socket, state: Saved, descriptors: list[int]) -> None:
 
 
 class _Plain(pickle.Unpickler):
-    """A reader of plain values."""
+    """An unpickler that accepts numbers, strings and containers, and no objects of classes."""
 
     def find_class(self, module: str, name: str) -> object:
-        """Refuse objects of classes."""
+        """Raise UnpicklingError: the state has no object of a class."""
         raise pickle.UnpicklingError(f"unexpected {module}.{name} in the state")
 
 
@@ -303,7 +303,7 @@ class Predecessor:
         self._sock.settimeout(_RESTORE_SECONDS)
 
     def receive(self) -> None:
-        """Report that this process is ready, and receive everything.
+        """Report that this process is ready; receive the predecessor's state and descriptors.
 
         Raises OSError or pickle.UnpicklingError when the predecessor does not hand over.
         """
@@ -321,7 +321,7 @@ class Predecessor:
             self.descriptors += came
 
     def confirm(self) -> None:
-        """Report that all was restored; return when the predecessor serves no longer.
+        """Report that all was restored; return when the predecessor has stopped serving.
 
         Raises OSError if the predecessor has not waited for the report.
         """

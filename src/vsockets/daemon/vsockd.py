@@ -218,7 +218,7 @@ class Vsockd:
         return ControlSocket(self.loop, handlers, self.folder / CONTROL, taken)
 
     def _take_over(self, predecessor: Predecessor) -> None:
-        """Begin to serve where the predecessor has ended."""
+        """Let the predecessor stop, and begin to serve with the state restored from it."""
         predecessor.confirm()
         try:
             self.contexts.configure(self._settings, others=False)

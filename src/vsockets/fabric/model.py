@@ -418,7 +418,7 @@ class Context:
                 party.set_limits(limits)
 
     def parties(self) -> list[Party]:
-        """Return the guest, or the users of the host that are remembered, as parties."""
+        """Return the guest's party, or the parties of the host's users that this context has."""
         return list(self._users.values()) if self._guest is None else [self._guest]
 
     def __repr__(self) -> str:

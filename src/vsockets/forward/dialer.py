@@ -159,7 +159,7 @@ class Dialer:
 
         An attempt takes at most ``timeout`` seconds, for each address of a host name.  Attempts are
         repeated for ``wait`` seconds while the target is not reachable, and for ``timeout`` seconds
-        while a vSockets port refuses that has accepted before: its backlog may be full.  ``admits``
+        while a vSockets port that has accepted before refuses: its backlog may be full.  ``admits``
         filters the addresses of a host name, which is looked up on behalf of ``party``.  A program
         that is started (``exec:``) finds ``client``, a CID and port, in its environment.
 

@@ -181,9 +181,9 @@ def query(*, cookie: int, inode: int = 0) -> bytes:
 
 
 def local_cid(peer_cid: int = 0, *, cookie: int = 0) -> bytes:
-    """Return a request for the context's CID, and whether ``peer_cid`` trusts the program.
+    """Return a request for the context's CID and the program's trust towards ``peer_cid``.
 
-    With the ``cookie`` of a bound socket, the answer is that from the time of the bind.
+    With the ``cookie`` of a bound socket, the reply has the trust decided at the bind.
     """
     return _encode(Op.LOCAL_CID, peer=(peer_cid, 0), cookie=cookie)
 

@@ -121,7 +121,7 @@ class Numbers(NamedTuple):
 
 
 class Served(Enum):
-    """Classes of sockets whose data calls the supervisor serves, by intercepted descriptors."""
+    """Kinds of sockets on which the supervisor serves not only connects, but also data calls."""
 
     DATAGRAM = "datagram"
     PACKET = "packet"
@@ -143,7 +143,8 @@ def may_be_opened(device: str = "/dev/vsock") -> bool:
 def rules(machine: Architecture, opens: bool, looks: bool = False) -> list[Rule]:
     """Return the rules of ``vsock run``.
 
-    ``opens`` includes open() of ``/dev/vsock``, ``looks`` the calls that check for its existence.
+    With ``opens``, these include open() of ``/dev/vsock``; with ``looks``, calls such as stat()
+    that check for its existence.
     """
     m, equal, differs = machine, ArgumentCondition.EQUAL, ArgumentCondition.DIFFERS
     vsock = When(0, equal, AF_VSOCK)

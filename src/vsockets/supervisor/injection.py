@@ -77,12 +77,12 @@ class Place(Enum):
 
 
 class Space:
-    """Addresses in the memory that the threads of one process share."""
+    """Addresses that the supervisor uses in the memory of one process."""
 
     __slots__ = ("instruction", "scratch")
 
     def __init__(self, scratch: int = 0, instruction: int = 0) -> None:
-        self.scratch = scratch  #: the address of a page of ours, or 0
+        self.scratch = scratch  #: the address of the supervisor's page, or 0
         self.instruction = instruction  #: the address of an instruction that makes a call, or 0
 
     def copy(self) -> Space:

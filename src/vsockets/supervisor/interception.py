@@ -85,7 +85,7 @@ class Surroundings(NamedTuple):
 
 
 class Interceptor(Protocol):
-    """A mechanism that holds programs at system calls, and passes on the answers."""
+    """A mechanism that stops threads at system calls, and gives them the supervisor's answers."""
 
     # One call
 
@@ -210,7 +210,7 @@ class Interceptor(Protocol):
 
 
 class Mechanism(Protocol):
-    """A kind of interceptor, with one half for each side of the fork."""
+    """A kind of interceptor: a half for the program's process, and one for the supervisor's."""
 
     def install(self, architecture: Architecture, rules: Sequence[Rule]) -> list[int]:
         """Put this process under a filter with ``rules``, irrevocably.
@@ -221,4 +221,4 @@ class Mechanism(Protocol):
         """
 
     def intercept(self, descriptors: Sequence[int], surroundings: Surroundings) -> Interceptor:
-        """Return the supervisor's half, which owns the ``descriptors``."""
+        """Return the interceptor, for the supervisor's process; it owns the ``descriptors``."""

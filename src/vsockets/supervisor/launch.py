@@ -102,9 +102,9 @@ def launch(
     ``become`` executes the program: it is called in the program's process, under the filter, and
     its exceptions are raised there.  ``lease`` is a descriptor to hold open until the last process
     of the program has ended.  With ``device``, stat() and access() find ``/dev/vsock``.
-    With ``keeper`` (see :func:`follow_program`), all that the program leaves is killed when it or
-    the front ends.  ``lifeline`` is the descriptor of a connection: when its other end is shut
-    down, all processes of the program are killed.
+    With ``keeper`` (see :func:`follow_program`), all that the program leaves is killed when the
+    program or this process ends.  ``lifeline`` is the descriptor of a connection: when its other
+    end is shut down, all processes of the program are killed.
 
     Raises OSError in the program's process if it cannot be supervised.
     """
@@ -158,7 +158,8 @@ def launch(
 class _Program:
     """The program's first process, as its parent, the supervisor, sees it.
 
-    With ``ends_all``, the end of the process or of the front is followed by :meth:`end_all`.
+    ``front`` leads to the process that the user started.  With ``ends_all``, the end of either
+    process is followed by :meth:`end_all`.
     """
 
     def __init__(self, pid: int, front: socket.socket, ends_all: bool) -> None:

@@ -399,7 +399,7 @@ class NotificationInterceptor:
     def _cover(
         self, call: InterceptedCall, data_calls: Served, numbers: list[int], answer: int | None
     ) -> None:
-        """Cover descriptors for the tracer.
+        """Have the tracer intercept data calls on these descriptors.
 
         The thread repeats its call afterwards, and gets ``answer`` then, if any.
         """
@@ -461,7 +461,7 @@ class NotificationInterceptor:
 
 
 class NotificationMechanism:
-    """Interception by notification, on both sides of the fork."""
+    """Interception by seccomp notification, in the program's and the supervisor's process."""
 
     def install(self, architecture: Architecture, rules: Sequence[Rule]) -> list[int]:
         """Install the filter, and return its listener."""

@@ -269,7 +269,7 @@ class RequestServer:
     """The supervisor's side: serves requests to shut down sockets of its programs."""
 
     def __init__(self, scheduler: CoroutineScheduler, shut_down: Callable[[Target], bool]) -> None:
-        """Serve by ``shut_down``, which returns whether it has done so."""
+        """Serve requests by ``shut_down``, which returns whether it has shut down the socket."""
         self._shut_down = shut_down
         self._sock = _datagram_socket()
         try:

@@ -125,7 +125,7 @@ class Endpoint:
 
     @property
     def served(self) -> Served | None:
-        """The class of the socket's data calls if the supervisor serves them, or None."""
+        """The kind of the socket if the supervisor serves its data calls, or None."""
         return SERVED.get(self.type)
 
     @property

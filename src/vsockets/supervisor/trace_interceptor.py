@@ -136,7 +136,7 @@ class Thread(StoppedThread):
 
 
 class TraceInterceptor:
-    """The supervisor's half of interception by ptrace.
+    """The interceptor that uses ptrace alone, for the supervisor's process.
 
     Linux allows ptrace requests only from the tracer's thread, which is the thread that created
     this object.
@@ -604,7 +604,7 @@ def _traced(architecture: Architecture, rule: Rule) -> Rule:
 
 
 class TraceMechanism:
-    """Interception by ptrace."""
+    """Interception by ptrace, in the program's and the supervisor's process."""
 
     def install(self, architecture: Architecture, rules: Sequence[Rule]) -> list[int]:
         """Put this process under a filter with ``rules``, irrevocably."""
@@ -619,5 +619,5 @@ class TraceMechanism:
         return []
 
     def intercept(self, descriptors: Sequence[int], surroundings: Surroundings) -> TraceInterceptor:
-        """Return the supervisor's half."""
+        """Return the interceptor, for the supervisor's process."""
         return TraceInterceptor(surroundings)

@@ -77,7 +77,7 @@ class TraceeDescriptors:
         self._name = _FAMILY.pack(AF_UNIX) + name
 
     def close(self) -> None:
-        """Close the supervisor's end."""
+        """Close the socket on which the supervisor receives descriptors."""
         self._inbox.close()
 
     def take(self, thread: StoppedThread, fd: int) -> int:

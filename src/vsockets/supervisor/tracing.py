@@ -91,7 +91,7 @@ class Tracee:
 
 
 class _Process:
-    """A process with traced threads."""
+    """A process with traced threads, and the descriptors whose data calls are intercepted."""
 
     def __init__(self, number: int, covered: dict[Served, list[Numbers]]) -> None:
         self.number = number
@@ -102,7 +102,7 @@ class _Process:
         return any(first <= number < end for first, end in self.covered[kind])
 
     def kind_of(self, number: int) -> Served | None:
-        """Return the class of sockets for which this descriptor number is covered, or None."""
+        """Return the kind of sockets for which data calls on this descriptor are intercepted."""
         return next((kind for kind in Served if self.covers(kind, number)), None)
 
 
@@ -147,7 +147,7 @@ class Tracer:
     # Attaching and covering
 
     def attach(self, number: int) -> None:
-        """Trace all threads of a process, of which ``number`` is one.
+        """Trace all threads of the process that the thread ``number`` belongs to.
 
         Raises OSError(EPERM) if this process may not trace them.
         """

@@ -53,7 +53,7 @@ def demo(context: click.Context, as_json: bool) -> None:
 @demo.command("amqp")
 @json_option
 def amqp(as_json: bool) -> None:
-    """Show two guests that exchange messages through RabbitMQ (the guide's figure 1-1).
+    """Show two guests that exchange messages through RabbitMQ (figure 1-1 of VMware's guide).
 
     In a private fabric and with a private RabbitMQ, messages go from each guest to the other,
     by stock clients and the three proxies; one proxy is killed in between.  The exit status is 1
@@ -67,11 +67,11 @@ def amqp(as_json: bool) -> None:
 @demo.command("nfs")
 @json_option
 def nfs(as_json: bool) -> None:
-    """Show guests that share a folder of the host, over datagrams (the guide's figure 1-2).
+    """Show guests that share a folder of the host (figure 1-2 of VMware's guide).
 
-    In a private fabric two guests mount a folder of the host by NFS; the server is killed while
-    one of them writes; the other reads the same file, and a third guest is refused.  The exit
-    status is 1 if a step fails.  Needs pyfuse3, fusermount3 and /dev/fuse.
+    In a private fabric two guests mount a folder of the host by NFS over datagrams; the server is
+    killed while one of them writes; the other reads the same file, and a third guest is refused.
+    The exit status is 1 if a step fails.  Needs pyfuse3, fusermount3 and /dev/fuse.
     """
     from .nfs import play
 
@@ -101,7 +101,7 @@ def perform(play: Play, as_json: bool) -> None:
 
 
 def play(stage: Stage, show_progress: bool) -> tuple[list[Step], dict[str, Any]]:
-    """Run the demo of the guide's chapters 3 to 5."""
+    """Run the demo of streams, datagrams and isolation (chapters 3 to 5 of the guide)."""
     host, guest, other = stage.fabric.host, stage.fabric.guest(), stage.fabric.guest()
     # All start at once: most of the time is Python's start-up.
     receiver = stage.serve(host, "receive_files", host.cid, FILES)

@@ -24,7 +24,7 @@ class Watcher:
     """The latest snapshot and the latest events, for any number of pages."""
 
     def __init__(self, interval: float) -> None:
-        """Take a snapshot every ``interval`` seconds."""
+        """Prepare to take a snapshot every ``interval`` seconds in :meth:`run`."""
         self._interval = interval
         self._control: Control | None = None
         self._rates = Rates()

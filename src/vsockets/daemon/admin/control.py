@@ -95,7 +95,7 @@ class ControlSocket:
         }
 
     def answer_replaced(self, pid: int) -> None:
-        """Answer the administrators who have asked for this vsockd."""
+        """Answer the administrators whose request for a replacement has started this vsockd."""
         for session in list(self._sessions):
             session.answer_replaced({"ok": {"pid": pid}})
 

@@ -40,7 +40,7 @@ def status(broker: Broker) -> dict[str, Any]:
 
 
 def counts(broker: Broker) -> dict[str, Any]:
-    """Return what exists in each context, and its counts since it was added."""
+    """Return each context's sockets and streams, and its counters since it was added."""
     broker.refresh()
     streams: Counter[Context] = Counter()
     for stream in broker.fabric.connections.values():
@@ -124,9 +124,9 @@ def context_row(broker: Broker, context: Context, folder: Path) -> dict[str, Any
 
 
 def streams_left(broker: Broker, streams: Iterable[Connection]) -> list[dict[str, Any]]:
-    """Return streams that are still open, by their two addresses.
+    """Return rows for streams that could not be disconnected yet.
 
-    Each has the process that opened it, and the reason.
+    A row has the stream's two addresses, the process that opened it, and the reason.
     """
     return [
         {

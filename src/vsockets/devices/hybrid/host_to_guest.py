@@ -39,9 +39,9 @@ Done = Callable[[socket.socket | None, int], None]
 class Connector:
     """Connection attempt that is retried while the port has no listener, for ``wait`` seconds.
 
-    ``wait`` is in seconds.  ``done`` is called once, unless :meth:`cancel` is called first: with
-    the socket, or with ETIMEDOUT, ECONNRESET (no listener at the port) or EHOSTUNREACH (no
-    listener at the unix socket).
+    ``done`` is called once, unless :meth:`cancel` is called first: with the socket, or with
+    ETIMEDOUT, ECONNRESET (no listener at the port) or EHOSTUNREACH (no listener at the unix
+    socket).
     """
 
     def __init__(

@@ -348,7 +348,7 @@ async def _take(endpoint: Endpoint, listener: _socket.socket) -> tuple[int, Reco
 
 
 def _accept_token(listener: _socket.socket) -> _socket.socket | None:
-    """Return the next of vsockd's connections to the socket, or None."""
+    """Return the next token (``daemon/listeners.py``) in the backlog of ``listener``, or None."""
     if os.get_blocking(listener.fileno()):
         poll = select.poll()
         poll.register(listener, select.POLLIN)

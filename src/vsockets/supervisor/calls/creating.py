@@ -74,7 +74,7 @@ def _open(call: Call, flags: int) -> Answer:
 
 
 def is_device(link: str) -> bool:
-    """Return whether a link of /proc is that of ``/dev/vsock``, the stand-in or the device."""
+    """Return whether ``link``, from /proc/PID/fd, is the device or the file that stands for it."""
     return link.startswith(f"/memfd:{DEVICE_NAME}") or link == DEVICE[:-1].decode()
 
 
