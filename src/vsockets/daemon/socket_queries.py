@@ -90,7 +90,7 @@ class SocketQueries:
         return flags
 
     def report_listener_size(self, stream: Connection) -> None:
-        """Report to a connecting guest's device if the listener has a larger buffer."""
+        """Report a listener's buffer size to a connecting guest's device, if above the stream's."""
         size = stream.listener.sizes.size
         if size > stream.size:
             _report_size(stream.context, stream.local, stream.peer, size)

@@ -338,10 +338,10 @@ class Predecessor:
 
 
 def wait_for_successors(folder: Path, is_stopping: bool) -> int:
-    """Stay as the process that service managers and shells wait for; return the exit status.
+    """Remain the process that service managers and shells wait for; return the exit status.
 
-    ``folder`` is the state folder, whose lock file names the vsockd that serves.  Signals are
-    passed on to it; if ``is_stopping``, it is to end at once.
+    The lock file in ``folder``, the state folder, names the vsockd that serves.  That vsockd gets
+    the signals of this process; with ``is_stopping``, it gets SIGTERM at once.
     """
     expected = {*FORWARDED, signal.SIGCHLD}
     signal.pthread_sigmask(signal.SIG_BLOCK, expected)

@@ -69,9 +69,9 @@ class VsockdClient:
     def sender(self, read: Callable[[], Credentials]) -> Credentials | None:
         """Return the credentials to send a program's request with, or None for the supervisor's.
 
-        vsockd judges a request by the rights of the process that has written it, as the kernel
-        reports.  The supervisor of root may have programs with fewer rights than its own, and may
-        name them as the writer; in a container whose root lacks CAP_SYS_ADMIN, only their user.
+        vsockd judges a request by the rights of the process that the kernel reports as its writer.
+        The supervisor of root may name the program, which may have fewer rights, as the writer; in
+        a container whose root lacks CAP_SYS_ADMIN it may name the program's user only.
         """
         if self._sendable is Sendable.OWN:
             return None
