@@ -5,17 +5,32 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
+import sys
 
 import pytest
 
 from c_compiler import require_compiler
 from cli.vsock import PATIENCE, PROGRAM
 
-from .conftest import RunPage
+from .conftest import EXAMPLES, RunPage
 
 
 def test_python(run_page: RunPage) -> None:
     run_page("python")
+
+
+def test_pythons_suite_has_its_own_settings() -> None:
+    """In a clone, those of the project's own tests need pytest-timeout."""
+    command = [sys.executable, "-m", "pytest", "-p", "no:timeout", "-p", "no:cacheprovider"]
+    done = subprocess.run(
+        [*command, "--collect-only"],
+        cwd=EXAMPLES / "python",
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 def test_c(run_page: RunPage) -> None:
