@@ -7,6 +7,7 @@ tomllib has accepted it only follows the grammar (TOML 1.0), and records where v
 from __future__ import annotations
 
 import re
+import stat
 import tomllib
 from bisect import bisect_right
 from collections.abc import Iterable, Mapping
@@ -156,7 +157,7 @@ def read_toml(path: Path) -> Table:
 def _read(path: Path) -> str:
     name = str(path)
     try:
-        if not path.is_file():  # opening a named pipe would block
+        if not stat.S_ISREG(path.stat().st_mode):  # opening a named pipe would block
             raise ConfigurationError(name, None, "", "not a regular file, expected a TOML file")
         with open(path, "rb") as file:
             data = file.read(CONFIGURATION_FILE_MAX_BYTES + 1)

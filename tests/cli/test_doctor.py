@@ -3,7 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
+import tempfile
 from pathlib import Path
+
+import pytest
 
 from .vsock import Vsock
 
@@ -34,3 +40,37 @@ def test_a_machine_without_a_working_fabric(alone: Vsock, tmp_path: Path) -> Non
     alone.find_modules_in(tmp_path)
     fabric = json.loads(alone("doctor", "--json", expect=1).stdout)[0]
     assert (fabric["state"], fabric["detail"]) == ("no", "ImportError: no limits here")
+
+
+#: Prints the advice for a device that this user cannot open.
+ADVICE = """
+import os, sys
+from vsockets.cli.doctor import _accessible
+os.setgroups([])
+os.setgid(65534)
+os.setuid(65534)
+print(_accessible(sys.argv[1]).install)
+"""
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="gives files to groups: needs root")
+@pytest.mark.parametrize(
+    ("group", "mode", "expected"),
+    [(65533, 0o660, "65533"), (0, 0o660, "chgrp GROUP"), (65533, 0o600, "chmod 660")],
+)
+def test_advice_is_never_to_join_the_group_of_root(group: int, mode: int, expected: str) -> None:
+    with tempfile.TemporaryDirectory() as folder:  # another user cannot enter pytest's
+        os.chmod(folder, 0o711)
+        device = Path(folder, "device")
+        device.touch()
+        os.chown(device, 0, group)
+        device.chmod(mode)
+        done = subprocess.run(
+            [sys.executable, "-c", ADVICE, device],
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
+        )
+    assert expected in done.stdout, done.stdout + done.stderr
+    assert "group root" not in done.stdout

@@ -261,5 +261,5 @@ def test_disconnect(vsock: Vsock, fabric: PrivateFabric, guest: Attachment) -> N
             client.settimeout(10)
             assert client.recv(1) == b""
         gone = vsock.fails("disconnect", f"40:{port}", "2:5000")
-        assert gone == f"no stream between 40:{port} and 2:5000"
+        assert gone == f"no stream between 40:{port} and 2:5000 (see: vsock ls)"
         assert "expected CID:PORT" in vsock.fails("disconnect", "40", "2:5000", status=2)

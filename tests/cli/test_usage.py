@@ -100,3 +100,13 @@ def test_invalid_combinations(line: str, names: str, capsys: pytest.CaptureFixtu
     found = capsys.readouterr().err
     assert all(name in found for name in names.split()), found
     assert any(word in found for word in ("expected", "need", "missing", "not ", "exclude")), found
+
+
+@pytest.mark.parametrize(
+    "words", ["doctor --seccomp-profile", "context add --owner", "vm args --cid"]
+)
+def test_an_option_without_its_value(words: str, capsys: pytest.CaptureFixture[str]) -> None:
+    command, _, option = words.rpartition(" ")
+    assert start(words.split()) == 2
+    expected = f"vsock: Option '{option}' requires an argument (see: vsock {command} --help)\n"
+    assert capsys.readouterr().err == expected

@@ -27,6 +27,7 @@ from vsockets.fabric.settings import (
 )
 from vsockets.limits import CONFIGURATION_FILE_MAX_BYTES
 from vsockets.testing import PrivateFabric
+from vsockets.toml import read_toml
 
 VMX = """\
 .encoding = "UTF-8"
@@ -470,6 +471,9 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
         load(tmp_path)
     with pytest.raises(ConfigurationError, match=f"^{tmp_path}/web.toml: Not a directory"):
         load(tmp_path / "web.toml")
+    (tmp_path / "web.toml").unlink()
+    with pytest.raises(ConfigurationError, match=f"^{tmp_path}/web.toml: No such file"):
+        read_toml(tmp_path / "web.toml")
 
 
 def test_bytes_that_are_not_utf_8(tmp_path: Path) -> None:

@@ -28,6 +28,8 @@ from .options import (
 )
 
 if TYPE_CHECKING:
+    from ssl import SSLContext
+
     # Imported late, in functions: these take longer than most commands.
     from ..amqp.service import Proxy
 
@@ -129,7 +131,7 @@ def host_proxy(
         raise click.UsageError(
             f"--proxy {proxy}: a unix socket has no host name to verify (expected --tls-name)"
         )
-    tls = client_context(tls_ca, tls_cert, tls_key) if tls_ca is not None else None
+    tls = _tls(client_context, tls_ca, tls_cert, tls_key) if tls_ca is not None else None
     context = lasting_context()
     _serve(
         listen,
@@ -181,7 +183,7 @@ def amqp_proxy(
         _expect_target(one, "--node")
     if tls_cert is None and (tls_key or tls_ca):
         raise click.UsageError("--tls-key, --tls-ca: TLS needs --tls-cert")
-    tls = server_context(tls_cert, tls_key, tls_ca) if tls_cert is not None else None
+    tls = _tls(server_context, tls_cert, tls_key, tls_ca) if tls_cert is not None else None
     proxy = partial(AmqpProxy, listen, list(node), authority=authority, tls=tls)
     _serve(listen, proxy, verbose, log_format)
 
@@ -197,6 +199,25 @@ def _expect_target(locator: Locator, option: str) -> None:
     _expect(locator, option, Inet, Unix)
     if isinstance(locator, Inet) and not (locator.host and locator.port):
         raise click.UsageError(f"{option} {locator}: expected a host and a port")
+
+
+def _tls(make: Callable[..., SSLContext], *files: Path | None) -> SSLContext:
+    """Return the TLS settings that ``make`` returns for ``files``; errors name the files.
+
+    Raises CliError if a file is not PEM of the expected kind, OSError if it cannot be read.
+    """
+    from ssl import SSLError
+
+    given = [file for file in files if file is not None]
+    for file in given:
+        with file.open("rb"):  # ssl's own error has no file name
+            pass
+    try:
+        return make(*files)
+    except SSLError as error:
+        names = ", ".join(map(str, given))
+        reason = str(error).rpartition(" (")[0]
+        raise CliError(f"invalid TLS file among {names}: {reason} (expected PEM)") from None
 
 
 def require(*libraries: str) -> None:

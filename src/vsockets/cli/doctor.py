@@ -15,6 +15,7 @@ import os
 import platform
 import shutil
 import socket as stdlib
+import stat
 import subprocess
 import sys
 import time
@@ -355,10 +356,17 @@ CHECKS = (
 )
 
 
+_GROUP_READ_WRITE = stat.S_IRGRP | stat.S_IWGRP
+
+
 def _accessible(path: str) -> Finding:
     if os.access(path, os.R_OK | os.W_OK):
         return Finding(path, "yes", f"{path} can be opened")
-    number = os.stat(path).st_gid
+    status = os.stat(path)
+    number = status.st_gid
+    if number == 0 or status.st_mode & _GROUP_READ_WRITE != _GROUP_READ_WRITE:
+        advice = f"as root: chgrp GROUP {path}; chmod 660 {path}, with a GROUP of this user"
+        return Finding(path, "partly", f"{path}: permission denied", advice)
     try:
         group = grp.getgrgid(number).gr_name
     except KeyError:  # a device of a container's host

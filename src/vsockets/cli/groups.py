@@ -3,10 +3,24 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import click
+
+
+@contextmanager
+def _errors_of(ctx: click.Context) -> Iterator[None]:
+    """Make usage errors in the with block name the help of the command of ``ctx``.
+
+    click's parser reports an option without its value as an error of no command.
+    """
+    try:
+        yield
+    except click.UsageError as error:
+        error.ctx = error.ctx or ctx
+        raise
 
 
 class Argument(click.Argument):
@@ -28,6 +42,11 @@ class Argument(click.Argument):
 
 class Command(click.Command):
     """A command whose help lists its arguments before its options."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Parse the command's options and arguments."""
+        with _errors_of(ctx):
+            return super().parse_args(ctx, args)
 
     def format_arguments(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Write nothing: in every version of click, :meth:`format_options` writes the arguments."""
@@ -51,6 +70,11 @@ class Group(click.Group):
     """A command with subcommands; its help shows the whole first sentence of each."""
 
     command_class = Command
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Parse the command's options and arguments."""
+        with _errors_of(ctx):
+            return super().parse_args(ctx, args)
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         """Return the names of the subcommands in the order of their declaration."""

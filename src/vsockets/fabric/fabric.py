@@ -37,6 +37,8 @@ LAST_CONNECTION = 2**31 - 1
 # Module aliases of enum members: hot path.
 _OFF, _DEFAULT = State.OFF, Profile.DEFAULT
 
+_NO_STREAM = "no stream between {}:{} and {}:{} (see: vsock ls)"
+
 
 class Fabric:
     """All contexts, their endpoints, and the connections between them."""
@@ -260,7 +262,7 @@ class Fabric:
             holder = context.connected.get(local[1]) if context is not None else None
             if isinstance(holder, Connection) and (holder.local, holder.peer) == (local, peer):
                 return holder
-        raise Refused(errno.ENOENT, "no stream between {}:{} and {}:{}".format(*one, *other))
+        raise Refused(errno.ENOENT, _NO_STREAM.format(*one, *other))
 
     # Datagrams
 

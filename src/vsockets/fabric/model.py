@@ -474,7 +474,7 @@ class Contexts:
         """
         context = self._by_cid.get(cid)
         if context is None:
-            raise Refused(errno.ENOENT, f"no context {cid}")
+            raise Refused(errno.ENOENT, f"no context {cid} (see: vsock context ls)")
         return context
 
     def remove(self, cid: int) -> Context:
