@@ -16,13 +16,11 @@ from vsockets.daemon.handover import (
     Reader,
     Writer,
     restore_connections,
-    restore_context,
-    restore_counts,
     restore_endpoint,
+    restore_fabric,
     save_connections,
-    save_context,
-    save_counts,
     save_endpoint,
+    save_fabric,
 )
 from vsockets.daemon.listeners import encode_accepting, encode_connecting, encode_offer
 from vsockets.fabric import (
@@ -736,10 +734,7 @@ class FabricWorld(World):
             writer.endpoint(channel.endpoint)
         connections = save_connections(writer, old.connections.values())
         saved = {
-            "contexts": [save_context(one) for one in old.contexts],
-            "following": old.contexts.following,
-            "departed": save_counts(old.departed),
-            "last_number": old.last_number,
+            **save_fabric(old),
             "endpoints": [save_endpoint(writer, one) for one in writer.endpoints],
             "connections": connections,
         }
@@ -751,11 +746,7 @@ class FabricWorld(World):
         ]
         saved = pickle.loads(pickle.dumps(saved))
         self.fabric = new = Fabric(OWNER)
-        for one in saved["contexts"]:
-            restore_context(new, one)
-        new.contexts.following = saved["following"]
-        restore_counts(new.departed, saved["departed"])
-        new.last_number = saved["last_number"]
+        restore_fabric(new, saved)
         reader = Reader(new, [])
         reader.endpoints += [restore_endpoint(reader, one) for one in saved["endpoints"]]
         for endpoint, handle in zip(reader.endpoints, handles, strict=True):

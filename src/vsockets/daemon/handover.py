@@ -194,6 +194,25 @@ def restore_counts(counts: Counts, saved: Saved) -> None:
     counts.denials.update({Rule(rule): number for rule, number in saved["denials"].items()})
 
 
+def save_fabric(fabric: Fabric) -> Saved:
+    """Return a fabric's contexts and counters, without endpoints and connections."""
+    return {
+        "contexts": [save_context(context) for context in fabric.contexts],
+        "following": fabric.contexts.following,
+        "departed": save_counts(fabric.departed),
+        "last_number": fabric.last_number,
+    }
+
+
+def restore_fabric(fabric: Fabric, saved: Saved) -> None:
+    """Give a new fabric what :func:`save_fabric` has returned."""
+    for one in saved["contexts"]:
+        restore_context(fabric, one)
+    fabric.contexts.following = saved["following"]
+    restore_counts(fabric.departed, saved["departed"])
+    fabric.last_number = saved["last_number"]
+
+
 def save_endpoint(writer: Writer, endpoint: Endpoint) -> Saved:
     """Return an endpoint as plain values, without its handle."""
     context, trust = endpoint.context, endpoint.trust

@@ -47,12 +47,10 @@ from .handover import (
     Reader,
     Saved,
     Writer,
-    restore_context,
-    restore_counts,
     restore_endpoint,
-    save_context,
-    save_counts,
+    restore_fabric,
     save_endpoint,
+    save_fabric,
 )
 from .hybrid_listener import HybridChannel, Relay
 
@@ -82,9 +80,7 @@ _CHANNELS: dict[str, type[Channel]] = {
 
 def save_broker(writer: Writer, broker: Broker) -> Saved:
     """Return contexts, sockets, streams, links and datagram sockets."""
-    fabric = broker.fabric
-    contexts = list(fabric.contexts)
-    for context in contexts:
+    for context in broker.fabric.contexts:
         if context.device is not None:
             writer.link(context.device.streams)
     served = broker.save(writer)
@@ -96,10 +92,7 @@ def save_broker(writer: Writer, broker: Broker) -> Saved:
         for one in list(writer.endpoints)[len(endpoints) :]
     ]
     return {
-        "contexts": [save_context(context) for context in contexts],
-        "following": fabric.contexts.following,
-        "departed": save_counts(fabric.departed),
-        "last_number": fabric.last_number,
+        **save_fabric(broker.fabric),
         "endpoints": endpoints,
         "channels": channels,
         "links": links,
@@ -145,12 +138,7 @@ def _restore_handle(reader: Reader, saved: tuple[str, int]) -> object:
 
 def restore_broker(reader: Reader, saved: Saved, loop: EventLoop, broker: Broker) -> None:
     """Give a new broker what :func:`save_broker` has returned."""
-    fabric = broker.fabric
-    for one in saved["contexts"]:
-        restore_context(fabric, one)
-    fabric.contexts.following = saved["following"]
-    restore_counts(fabric.departed, saved["departed"])
-    fabric.last_number = saved["last_number"]
+    restore_fabric(broker.fabric, saved)
     reader.endpoints += [restore_endpoint(reader, one) for one in saved["endpoints"]]
     served = saved["served"]
     broker.streams.restore(reader, served["streams"])
