@@ -4,8 +4,9 @@ It is written from the sentences of the guide that it quotes (page numbers are t
 where the guide is silent, from ``vsock(7)``; not from the code it is compared with.  It has no
 names, no time limits and no data.  Verdicts are errnos; 0 means allowed.
 
-``tests/fabric/test_fabric_model.py`` compares it with the fabric's decisions, and
-``tests/daemon/test_fabric_by_the_guide.py`` with programs that use a real vsockd.
+``tests/fabric/test_fabric_model.py`` compares it with the fabric's decisions,
+``tests/daemon/test_fabric_by_the_guide.py`` with programs that use a real vsockd, and
+``tests/simulation`` with what a simulated vsockd lets happen.
 """
 
 from __future__ import annotations
@@ -21,6 +22,11 @@ HYPERVISOR, LOCAL, HOST = 0, 1, 2
 STREAM, SEQPACKET, DATAGRAM = "stream", "seqpacket", "dgram"
 
 ABSENT = errno.EHOSTUNREACH
+
+#: The changes of a machine that end its connections: "... lose connection after suspend and
+#: resume", "do not survive live migration", "are dropped when a virtual machine is put into fault
+#: tolerance (FT) mode" (page 7).  Reset is added.
+ENDING = ("suspend", "migrate", "reset", "ft-on", "power-off")
 
 
 @dataclass(frozen=True)
@@ -190,7 +196,7 @@ class World:
         sizes: BufferSizes | None = None,
     ) -> tuple[int, Socket | None]:
         """Return the verdict, and the listener if it is 0."""
-        verdict, there = self._way(home, cid, port, connecting=True)
+        verdict, there = self.way(home, cid, port, connecting=True)
         if there is None:
             return verdict, None
         target = self.held.get((there.cid, "connected", port))
@@ -215,7 +221,7 @@ class World:
         self, home: Machine, cid: int, port: int, program: Program, source: Socket | None = None
     ) -> tuple[int, Socket | None]:
         """Return the verdict on a datagram, and the receiver if it is 0."""
-        verdict, there = self._way(home, cid, port, connecting=False)
+        verdict, there = self.way(home, cid, port, connecting=False)
         if there is None:
             return verdict, None
         target = self.held.get((there.cid, DATAGRAM, port))
@@ -227,9 +233,10 @@ class World:
             return verdict, None
         return 0, target
 
-    def _way(
+    def way(
         self, home: Machine, cid: int, port: int, connecting: bool
     ) -> tuple[int, Machine | None]:
+        """Return the verdict on reaching a context, and its machine if it is 0."""
         # As Linux (tests/af_vsock.txt, and vsock_dgram_sendmsg): a stream to any CID has no
         # transport, a datagram to it stays at home; no datagram goes to any port.
         if connecting and cid == ANY:
@@ -327,9 +334,7 @@ class World:
     def changed(self, machine: Machine, change: str) -> list[Stream]:
         """Apply a change; return the connections that it ends."""
         over = []
-        # "... lose connection after suspend and resume", "do not survive live migration", "are
-        # dropped when a virtual machine is put into fault tolerance (FT) mode".  Reset is added.
-        if change in ("suspend", "migrate", "reset", "ft-on", "power-off"):
+        if change in ENDING:
             over = self.streams_of(machine)
             for stream in over:
                 self.gone(stream)

@@ -34,4 +34,5 @@ def start(fabric: PrivateFabric) -> None:
     threading.Thread(target=_replace, args=(fabric.folder,), daemon=True).start()
 
 
+# mypy allows neither to assign a method nor another name for self.
 PrivateFabric.start = start  # type: ignore[method-assign, assignment]

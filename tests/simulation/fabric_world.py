@@ -7,21 +7,11 @@ fabric, sends the real records, and hands over by the real functions of ``daemon
 from __future__ import annotations
 
 import errno
-import pickle
-from collections import Counter
 from random import Random
 from typing import Any, ClassVar
 
-from vsockets.daemon.handover import (
-    Reader,
-    Writer,
-    restore_connections,
-    restore_endpoint,
-    restore_fabric,
-    save_connections,
-    save_endpoint,
-    save_fabric,
-)
+from by_the_guide import ANY, ENDING, HOST, HYPERVISOR, LOCAL, Machine
+from by_the_guide import World as Guide
 from vsockets.daemon.listeners import encode_accepting, encode_connecting, encode_offer
 from vsockets.fabric import (
     CAP_NET_ADMIN,
@@ -46,28 +36,21 @@ from vsockets.protocol.messages import Op, Record, Request
 from vsockets.protocol.names import decode_source, encode_source
 
 from .engine import World, pick
-from .oracle import HOST, HYPERVISOR, Machine, may_communicate
+from .fabric_handover import hand_over
+from .fabric_invariants import (
+    check_addresses,
+    check_holders,
+    check_parties,
+    check_policy,
+    check_streams,
+    describe,
+)
 from .simulated_kernel import SimulatedChannel, SimulatedLink, SimulatedProcess, SimulatedStream
 
 OWNER, ALICE, BOB = 1000, 1001, 1002
-ANY = 2**32 - 1
-LOCAL = 1
 EPOCH = "0123456789abcdef"
 STREAM, SEQPACKET, DATAGRAM = EndpointKind.STREAM, EndpointKind.SEQPACKET, EndpointKind.DATAGRAM
 SIZES = [BufferSizes(), BufferSizes(), BufferSizes(1024, 128, 2048), BufferSizes(65536, 4096)]
-
-#: What each change does (page 7), beside what the fabric says: the state it is allowed in, and
-#: the state after it.
-ALLOWED = {
-    "suspend": ({"running"}, "suspended"),
-    "resume": ({"suspended"}, "running"),
-    "migrate": ({"running"}, "running"),
-    "reset": ({"running", "suspended"}, None),
-    "ft-on": ({"running"}, "running"),
-    "ft-off": ({"running"}, "running"),
-    "power-off": ({"running", "suspended"}, "off"),
-    "power-on": ({"off"}, "running"),
-}
 
 
 class FabricWorld(World):
@@ -118,7 +101,8 @@ class FabricWorld(World):
 
     def __init__(self) -> None:
         self.pids = self.cookies = self.serial = 0
-        self.machines = {cid: Machine(cid, OWNER) for cid in (HYPERVISOR, HOST)}
+        self.guide = Guide(OWNER)
+        self.machines = self.guide.machines
         self.processes: list[SimulatedProcess] = []
         self.channels: list[SimulatedChannel] = []  # that vsockd or a program has
         self.streams: list[SimulatedStream] = []  # that vsockd or a program has
@@ -304,11 +288,11 @@ class FabricWorld(World):
             self._serve(channel)
 
     def _asking(self) -> list[SimulatedChannel]:
-        away = self._away()
+        away = self.away()
         known = [one for one in self.channels if one.is_known and one.requests]
         return [one for one in known if id(one) not in away]
 
-    def _away(self) -> set[int]:
+    def away(self) -> set[int]:
         """Return the channels that are handed off to a device: vsockd has no copy meanwhile."""
         return {id(one.client) for link in self.links for one in link.pending.values()}
 
@@ -342,7 +326,7 @@ class FabricWorld(World):
         assert endpoint.cid in (LOCAL, context.cid) and endpoint.port != ANY
         if endpoint.port < 1024:
             assert CAP_NET_BIND_SERVICE in process.capabilities, "reserved port without privilege"
-        channel.rights = process.uid, CAP_NET_ADMIN in process.capabilities
+        channel.program = process.program
         channel.reply(Record(0, 0, *endpoint.address).encode())
 
     def _listen(self, channel: SimulatedChannel, request: Request) -> None:
@@ -357,7 +341,7 @@ class FabricWorld(World):
         )
         target = listener.handle
         server: Machine = target.machine
-        self._check_policy(channel, server, target, True)
+        check_policy(self, channel, target, True)
         party = context.party_of(process.uid)
         party.check_pending_limit()
         if isinstance(target, SimulatedChannel):
@@ -397,21 +381,6 @@ class FabricWorld(World):
     @staticmethod
     def _is_settling(link: SimulatedLink, port: int, bound: Endpoint | None) -> bool:
         return bound is not None and (port, *bound.address) in link.pending
-
-    def _check_policy(
-        self,
-        channel: SimulatedChannel,
-        server: Machine,
-        target: SimulatedChannel | SimulatedLink,
-        connecting: bool,
-    ) -> None:
-        now = channel.process.uid, CAP_NET_ADMIN in channel.process.capabilities
-        rights = channel.rights or now
-        if server.cid == HOST and isinstance(target, SimulatedChannel):
-            rights = target.rights or rights
-        assert may_communicate(channel.machine, server, connecting, *rights), (
-            f"policy breach: {channel.machine} to {server} by user {rights}"
-        )
 
     def do_reuse(self, chance: Random) -> None:
         """A client of a pending connect closes; another program binds its port and connects."""
@@ -455,7 +424,7 @@ class FabricWorld(World):
             self._drop(found)
 
     def _hung_up(self) -> list[SimulatedChannel]:
-        away = self._away()
+        away = self.away()
         closed = [one for one in self.channels if one.is_known and not one.is_open]
         return [one for one in closed if not one.requests and id(one) not in away]
 
@@ -518,7 +487,7 @@ class FabricWorld(World):
             except Refused:
                 return
             target = endpoint.handle
-            self._check_policy(channel, target.machine, target, False)
+            check_policy(self, channel, target, False)
             self.serial += 1
             name = encode_source(channel.endpoint.address, EPOCH, self.serial)
             route = channel.routes[destination] = name, target
@@ -561,7 +530,7 @@ class FabricWorld(World):
         if context.device is not None and context.device.streams is link:
             context.device = None
         for stream in link.pending.values():
-            self._client_party(stream).pending -= 1
+            self.client_party(stream).pending -= 1
             if stream.client.endpoint is not None:
                 self.fabric.unbind(stream.client.endpoint)
                 stream.client.endpoint = None
@@ -570,7 +539,7 @@ class FabricWorld(World):
         if not link.process.alive:
             self.links.remove(link)
 
-    def _client_party(self, stream: SimulatedStream) -> Any:
+    def client_party(self, stream: SimulatedStream) -> Any:
         machine = stream.client_machine
         if self.machines.get(machine.cid) is not machine:
             return Party("a removed context", None)
@@ -609,7 +578,7 @@ class FabricWorld(World):
         stream = link.pending.pop((request.local_port, *peer), None)
         if stream is None:
             return
-        self._client_party(stream).pending -= 1
+        self.client_party(stream).pending -= 1
         size = 0 if request.backlog else request.size
         context = self.context(link.machine)
         waits = self.fabric.complete_pending(context, request.local_port, peer, size)
@@ -641,30 +610,25 @@ class FabricWorld(World):
     def do_change(self, chance: Random) -> None:
         machine = pick(chance, [one for one in self.machines.values() if one.is_guest])
         if machine is not None:
-            self._change(machine, chance.choice(list(ALLOWED)))
+            self._change(machine, chance.choice(list(Change)))
 
-    def _change(self, machine: Machine, name: str) -> None:
-        context = self.context(machine)
-        states, after = ALLOWED[name]
-        allowed = machine.state in states
-        if name in ("ft-on", "ft-off"):
-            allowed = allowed and machine.ft is (name == "ft-off")
+    def _change(self, machine: Machine, change: Change) -> None:
+        name = change.value
+        allowed = not self.guide.may_change(machine, name)
         try:
-            over = self.fabric.change(context, Change(name))
+            over = self.fabric.change(self.context(machine), change)
         except Refused:
             assert not allowed, f"{name} is refused for {machine}"
             return
         assert allowed, f"{name} is allowed for {machine}"
-        machine.state = after or machine.state
-        machine.ft = name == "ft-on" or (machine.ft and name not in ("ft-off", "power-off"))
-        ends = name in ("suspend", "migrate", "reset", "ft-on", "power-off")
+        self.guide.changed(machine, name)
         involved = [
             one
             for one in self.watched.values()
             if machine in (one.client_machine, one.server_machine)
         ]
         numbers = sorted(connection.number for connection in over)
-        assert numbers == sorted(one.number for one in involved if ends), (
+        assert numbers == sorted(one.number for one in involved if name in ENDING), (
             f"{name} ends {numbers} of {involved}"
         )
         self._break(over)
@@ -726,41 +690,13 @@ class FabricWorld(World):
 
     def do_replace(self, chance: Random) -> None:
         """A new vsockd takes over: what it has must be what the old one had."""
-        old = self.fabric
-        before = describe(old)
-        writer = Writer(old)
+        before = describe(self.fabric)
         known = [one for one in self.channels if one.endpoint is not None]
-        for channel in known:
-            writer.endpoint(channel.endpoint)
-        connections = save_connections(writer, old.connections.values())
-        saved = {
-            **save_fabric(old),
-            "endpoints": [save_endpoint(writer, one) for one in writer.endpoints],
-            "connections": connections,
-        }
-        handles = [one.handle for one in writer.endpoints]
-        pending = [
-            (context.cid, party.uid, party.pending)
-            for context in old.contexts
-            for party in context.parties()
-        ]
-        saved = pickle.loads(pickle.dumps(saved))
-        self.fabric = new = Fabric(OWNER)
-        restore_fabric(new, saved)
-        reader = Reader(new, [])
-        reader.endpoints += [restore_endpoint(reader, one) for one in saved["endpoints"]]
-        for endpoint, handle in zip(reader.endpoints, handles, strict=True):
-            endpoint.handle = handle
-        for channel, endpoint in zip(known, reader.endpoints, strict=False):
-            channel.endpoint = endpoint
-        found = restore_connections(reader, saved["connections"])
-        new.connections.update({one.number: one for one in found})
-        for cid, uid, number in pending:
-            new.contexts.require(cid).party_of(uid).pending = number
+        self.fabric = hand_over(self.fabric, known)
         for link in self.links:
             if link.is_open:
                 self._attach(link)
-        after = describe(new)
+        after = describe(self.fabric)
         for key in before | after:
             assert before.get(key) == after.get(key), (
                 f"replaced: {key} is {after.get(key)}, was {before.get(key)}"
@@ -792,95 +728,10 @@ class FabricWorld(World):
     # Invariants
 
     def check(self) -> None:
-        self._check_holders()
-        self._check_parties()
-        self._check_streams()
-        self._check_addresses()
-
-    def _check_holders(self) -> None:
-        fabric = self.fabric
-        endpoints = {
-            id(one.endpoint) for one in self.channels if one.is_known and one.endpoint is not None
-        }
-        for context in fabric.contexts:
-            machine = self.machines.get(context.cid)
-            assert machine is not None, f"context {context.cid} exists"
-            assert context.state.value == machine.state
-            if machine.state == "off":
-                assert not context.sockets, "a machine that is off has sockets"
-            for port, holder in [*context.connected.items(), *context.datagrams.items()]:
-                if isinstance(holder, Connection):
-                    assert fabric.connections.get(holder.number) is holder, f"leaked: {port}"
-                    assert holder.local[1] == port
-                else:
-                    assert id(holder) in endpoints, f"leaked: port {port} of {context.cid}"
-                    assert holder.port == port
-            held = [*context.connected.values(), *context.datagrams.values()]
-            for cookie, owner in context.cookies.items():
-                assert owner in held, f"cookie {cookie} of a closed socket"
-            counts = context.counts
-            total = counts.connects + counts.accepts + counts.refusals
-            assert total >= self.counted.get(machine, 0), "counts have decreased"
-            self.counted[machine] = total
-        assert len(fabric.contexts) == len(self.machines)
-        assert sorted(fabric.connections) == sorted(self.watched), "streams known to vsockd"
-        for connection in fabric.connections.values():
-            local = connection.context.connected.get(connection.local[1])
-            assert local is connection, f"the port of {connection.local} has another owner"
-            for one in (connection.context, connection.peer_context):
-                assert fabric.contexts.get(one.cid) is one, "a stream of a removed context"
-        waiting = self._away()
-        for channel in self.channels:
-            endpoint = channel.endpoint
-            if endpoint is not None and channel.is_known and id(channel) not in waiting:
-                ports: Any = endpoint.context.connected
-                if endpoint.kind is DATAGRAM:
-                    ports = endpoint.context.datagrams
-                assert ports.get(endpoint.port) is endpoint, f"{endpoint.address} lost its port"
-
-    def _check_parties(self) -> None:
-        held: Counter[int] = Counter()
-        for context in self.fabric.contexts:
-            for holder in [*context.connected.values(), *context.datagrams.values()]:
-                held[id(holder.party)] += 1
-            for party in context.parties():
-                assert party.sockets == held[id(party)], (
-                    f"{party} is counted with {party.sockets} sockets, has {held[id(party)]}"
-                )
-                pending = sum(
-                    self._client_party(stream) is party
-                    for link in self.links
-                    for stream in link.pending.values()
-                )
-                assert party.pending == pending, f"{party}: {party.pending} pending, not {pending}"
-
-    def _check_streams(self) -> None:
-        for stream in self.streams:
-            for told, expected in (
-                (stream.client_told, (stream.local, stream.peer)),
-                (stream.server_told, (stream.peer, stream.local)),
-            ):
-                assert told is None or told == expected, f"half told: {told}, not {expected}"
-        for process in self.processes:
-            for stream in process.accepted:
-                one = stream.server_machine
-                assert stream.is_broken or stream.is_orphan or one is process.machine
-
-    def _check_addresses(self) -> None:
-        owners: set[tuple[int, bool, int]] = set()
-        sockets = [
-            (one.machine.cid, one.kind is DATAGRAM, one.address[1])
-            for one in self.channels
-            if one.is_open and one.is_known and one.address and one.stream is None
-        ]
-        streams = [
-            (one.client_machine.cid, False, one.local[1])
-            for one in self.streams
-            if one.is_alive and one.number in self.watched and one.client.stream is one
-        ]
-        for owner in sockets + streams:
-            assert owner not in owners, f"port owned twice: {owner}"
-            owners.add(owner)
+        check_holders(self)
+        check_parties(self)
+        check_streams(self)
+        check_addresses(self)
 
     def quiesce(self) -> None:
         """Everything pending completes; then all programs end, and nothing is left."""
@@ -923,38 +774,3 @@ class FabricWorld(World):
             or self._hung_up()
             or any(not one.is_alive for one in self.watched.values())
         )
-
-
-def describe(fabric: Fabric) -> dict[Any, Any]:
-    """Return all of a fabric as plain values, to compare."""
-    found: dict[Any, Any] = {"numbers": (fabric.last_number, fabric.contexts.following)}
-    for context in fabric.contexts:
-        cid, counts = context.cid, context.counts
-        found[cid] = (
-            *(context.name, context.owner, context.state, context.fault_tolerant, context.leases),
-            *(context.isolation, context.limits, context.reserved_ports, context.hybrid),
-            *(counts.connects, counts.accepts, counts.refusals, dict(counts.denials)),
-            *(context.connected.following, context.datagrams.following),
-            context.device is None,
-        )
-        for name, ports in (("stream", context.connected), ("datagram", context.datagrams)):
-            for port, holder in ports.items():
-                found[cid, name, port] = describe_holder(holder)
-        for cookie, one in context.cookies.items():
-            found[cid, "cookie", cookie] = describe_holder(one)
-        for party in context.parties():
-            if party.is_in_use:
-                found[cid, "party", party.uid] = party.name, party.sockets, party.pending
-    for number, connection in fabric.connections.items():
-        found["stream", number] = describe_holder(connection)
-    return found
-
-
-def describe_holder(one: Endpoint | Connection) -> Any:
-    if isinstance(one, Connection):
-        listener = describe_holder(one.listener)
-        ends = one.number, one.context.cid, one.local, one.peer, one.size, one.sizes, one.owner
-        return ends, one.party.name, one.cookie, listener
-    party = one.party.name if one.party is not None else None
-    place = one.kind, one.context.cid, one.cid, one.port, one.owner, one.trust, one.cookie
-    return place, one.listening, one.pending, one.sizes, party, one.handle

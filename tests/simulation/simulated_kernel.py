@@ -11,9 +11,14 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from vsockets.fabric import Credentials, Endpoint, EndpointKind, Grant
-
-from .oracle import Machine
+from by_the_guide import Machine, Program
+from vsockets.fabric import (
+    CAP_NET_ADMIN,
+    Credentials,
+    Endpoint,
+    EndpointKind,
+    Grant,
+)
 
 
 @dataclass(eq=False)
@@ -31,6 +36,11 @@ class SimulatedProcess:
     @property
     def credentials(self) -> Credentials:
         return Credentials(self.pid, self.uid, self.uid)
+
+    @property
+    def program(self) -> Program:
+        """The process as the guide sees it."""
+        return Program(self.uid, CAP_NET_ADMIN in self.capabilities)
 
     def has_capability(self, capability: int) -> bool:
         return capability in self.capabilities
@@ -57,8 +67,7 @@ class SimulatedChannel:
     awaits: str = ""  #: the request whose reply the program has not read
     stream: SimulatedStream | None = None
     backlog: int = 0
-    #: rights at the time of the bind: user, and CAP_NET_ADMIN
-    rights: tuple[int, bool] | None = None
+    program: Program | None = None  #: its process, at the time of the bind
     #: routes of a datagram socket: its name and destination, by destination address
     routes: dict[tuple[int, int], tuple[bytes, SimulatedChannel]] = field(default_factory=dict)
     #: unread datagrams: the name of the route, and the true source

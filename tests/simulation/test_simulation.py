@@ -14,7 +14,7 @@ from vsockets.devices.virtio.credit import ReceiveCredit, SendCredit
 from vsockets.fabric import Change, Connection, Endpoint, Fabric, life_cycle, policy
 from vsockets.fabric.model import Ports
 
-from . import fabric_world
+from . import fabric_handover
 from .__main__ import WORLDS
 from .engine import Failure, World, generate, run, shorten, simulate
 from .fabric_world import FabricWorld
@@ -133,7 +133,7 @@ def replaced_vsockd_forgets_parties(patch: pytest.MonkeyPatch) -> None:
     def faulty(reader: Any, saved: Any) -> Endpoint:
         return restore(reader, saved | {"party": None})
 
-    patch.setattr(fabric_world, "restore_endpoint", faulty)
+    patch.setattr(fabric_handover, "restore_endpoint", faulty)
 
 
 def replaced_vsockd_forgets_ports(patch: pytest.MonkeyPatch) -> None:
@@ -143,7 +143,7 @@ def replaced_vsockd_forgets_ports(patch: pytest.MonkeyPatch) -> None:
     def faulty(reader: Any, saved: list[Any]) -> list[Connection]:
         return restore(reader, [(*one[:11], False, one[12]) for one in saved])
 
-    patch.setattr(fabric_world, "restore_connections", faulty)
+    patch.setattr(fabric_handover, "restore_connections", faulty)
 
 
 def unread_packets_are_not_counted(patch: pytest.MonkeyPatch) -> None:
