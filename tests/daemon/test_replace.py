@@ -23,7 +23,7 @@ from vsockets import AF_VSOCK, Attachment
 from vsockets._linux.inspection import unread_bytes
 from vsockets.control import Control
 from vsockets.daemon import succession
-from vsockets.protocol import RECORD_SIZE, Record
+from vsockets.protocol import RECORD_SIZE, Op, Record, Request
 from vsockets.protocol.client import local_cid
 from vsockets.state_folder import LOCK
 from vsockets.testing import FabricFailed, PrivateFabric, wait_until
@@ -65,11 +65,12 @@ def test_streams_listeners_and_ports_stay(fabric: PrivateFabric, guest: Attachme
         packets.bind((2, 5001))
         packets.listen()
         before = fabric.control.sockets()
-        first = fabric.control.status()
+        first, counts = fabric.control.status(), fabric.control.counts()
 
         pid = fabric.control.replace()
 
         assert fabric.control.sockets() == before
+        assert fabric.control.counts() == counts
         status = fabric.control.status()
         assert status["pid"] == pid != first["pid"]
         assert {**status, "pid": 0, "uptime": 0} == {**first, "pid": 0, "uptime": 0}
@@ -78,7 +79,8 @@ def test_streams_listeners_and_ports_stay(fabric: PrivateFabric, guest: Attachme
         late, peer = server.accept()
         enter(late)
         assert peer == waiting.getsockname()
-        enter(vsockets.create_connection((2, 5000), context=guest))
+        another = enter(vsockets.create_connection((2, 5000), context=guest))
+        assert another.getsockname()[1] == waiting.getsockname()[1] + 1  # no port is reused soon
         enter(server.accept()[0])
         bound.listen()
         enter(vsockets.create_connection((guest.cid, 7000), context=fabric.host))
@@ -101,11 +103,34 @@ def test_datagram_sockets_and_their_routes_stay(fabric: PrivateFabric, guest: At
         assert service.recvfrom(10) == (b"after", (guest.cid, 6001))
         service.sendto(b"back", (guest.cid, 6001))
         assert client.recvfrom(10) == (b"back", (2, 6000))
-    # The successor has the routes: a port's next holder does not get what they send.
-    with datagram(guest, (guest.cid, 6001)), datagram(fabric.host, (2, 6000)), route:
-        with pytest.raises(OSError) as refused:
+    route.close()
+
+
+def test_routes_are_still_revoked(fabric: PrivateFabric, guest: Attachment) -> None:
+    """A program that keeps a route cannot send in the name of the port's next owner."""
+    with datagram(fabric.host, (2, 6000)) as service:
+        with datagram(guest, (guest.cid, 6001)) as client:
+            client.sendto(b"before", (2, 6000))
+            route = next(iter(vars(client)["_routes"].values())).dup()
+            service.recv(10)
+            fabric.control.replace()
+        with route, datagram(guest, (guest.cid, 6001)), pytest.raises(BrokenPipeError):
             route.send(b"in another's name")
-        assert refused.value.errno in (errno.EPIPE, errno.ECONNREFUSED)
+
+
+def test_unread_datagrams_of_a_revoked_route_are_counted(
+    fabric: PrivateFabric, guest: Attachment
+) -> None:
+    with datagram(fabric.host, (2, 6000)) as service:
+        with datagram(guest, (guest.cid, 6001)) as client:
+            client.sendto(bytes(1000), (2, 6000))
+        datagram(guest, (guest.cid, 6001)).close()  # revokes the route
+        unread = usage(fabric, guest)["datagram_bytes"]
+        assert unread >= 1000
+        fabric.control.replace()
+        assert usage(fabric, guest)["datagram_bytes"] == unread
+        service.recv(1000)
+        assert usage(fabric, guest)["datagram_bytes"] == 0
 
 
 def test_a_supervised_server_stays(fabric: PrivateFabric, guest: Attachment) -> None:
@@ -127,6 +152,104 @@ for _ in range(2):
                 client.send(b"for")
                 assert client.recv(10) == b"for 2"
         assert process.wait(PATIENCE) == 0
+    assert fabric.control.sockets() == []  # finds the closed ones, once
+
+
+def test_pending_connections_of_a_supervised_server_are_counted(
+    fabric: PrivateFabric, guest: Attachment
+) -> None:
+    """They are released as the program accepts, whichever vsockd has announced them."""
+    program = """
+import socket
+server = socket.socket(40)
+server.bind((2, 5000)); server.listen()
+print("serves", flush=True)
+input()
+for _ in range(3): server.accept()
+print("accepted", flush=True)
+input()
+"""
+    command = [sys.executable, "-c", program]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with fabric.popen(fabric.host, command, **pipes) as process, contextlib.ExitStack() as stack:
+        assert process.stdin is not None and process.stdout is not None
+        assert process.stdout.readline() == b"serves\n"
+        for _ in range(3):
+            stack.enter_context(vsockets.create_connection((2, 5000), context=guest))
+        assert usage(fabric, guest)["pending_connects"] == 3
+        fabric.control.replace()
+        assert usage(fabric, guest)["pending_connects"] == 3
+        process.stdin.write(b"\n")
+        process.stdin.flush()
+        assert process.stdout.readline() == b"accepted\n"
+        assert usage(fabric, guest)["pending_connects"] == 0
+        process.stdin.write(b"\n")
+
+
+def test_a_supervised_socket_connects_from_its_port(
+    fabric: PrivateFabric, guest: Attachment
+) -> None:
+    program = """
+import socket
+sock = socket.socket(40)
+sock.bind((0xFFFFFFFF, 7000))
+print("bound", flush=True)
+input()
+sock.connect((2, 5000))
+"""
+    command = [sys.executable, "-c", program]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with (
+        vsockets.create_server((2, 5000), context=fabric.host) as server,
+        fabric.popen(guest, command, **pipes) as process,
+    ):
+        assert process.stdin is not None and process.stdout is not None
+        assert process.stdout.readline() == b"bound\n"
+        fabric.control.replace()
+        process.stdin.write(b"\n")
+        process.stdin.close()
+        server.settimeout(PATIENCE)
+        accepted, peer = server.accept()
+        accepted.close()
+        assert peer == (guest.cid, 7000)
+        assert process.wait(PATIENCE) == 0
+
+
+def test_an_accepted_stream_is_recognised(fabric: PrivateFabric, guest: Attachment) -> None:
+    """A supervised program inherits it; vsockd knows the stream by its inode."""
+    program = "import socket, sys; print(socket.socket(fileno=int(sys.argv[1])).getpeername())"
+    with (
+        vsockets.create_server((2, 5000), context=fabric.host) as server,
+        vsockets.create_connection((2, 5000), context=guest) as client,
+        server.accept()[0] as accepted,
+    ):
+        fabric.control.sockets()  # reads the inodes
+        fabric.control.replace()
+        number = accepted.fileno()
+        command = [sys.executable, "-c", program, str(number)]
+        done = fabric.run(fabric.host, command, pass_fds=[number], stdout=subprocess.PIPE)
+        assert done.stdout.decode() == f"{client.getsockname()}\n"
+
+
+def test_a_stream_that_could_not_be_ended_yet_is_ended(
+    fabric: PrivateFabric, guest: Attachment
+) -> None:
+    """Both its ends are in messages between processes, where vsockd cannot find them."""
+    hiding, hidden = socket.socketpair()
+    with hiding, hidden, vsockets.create_server((2, 5000), context=fabric.host) as server:
+        client = vsockets.create_connection((2, 5000), context=guest)
+        accepted, _ = server.accept()
+        for end in (client, accepted):
+            socket.send_fds(hiding, [b"x"], [end.fileno()])
+            end.close()
+        (left,) = fabric.control.suspend(guest.cid)["streams_left"]
+        assert tuple(left["peer"]) == (2, 5000)
+        fabric.control.replace()
+        for _ in range(2):
+            _, (number,), _, _ = socket.recv_fds(hidden, 1, 1)
+            with socket.socket(fileno=number) as received:
+                received.settimeout(PATIENCE)
+                assert received.recv(1) == b""
 
 
 def test_guests_leases_and_states_stay(fabric: PrivateFabric) -> None:
@@ -137,6 +260,8 @@ def test_guests_leases_and_states_stay(fabric: PrivateFabric) -> None:
         off = fabric.control.add_context(powered=False)["cid"]
         fabric.control.suspend(suspended)
         fabric.control.fault_tolerance(tolerant, True)
+        removed = fabric.control.add_context()["cid"]
+        fabric.control.remove_context(removed)
         before = fabric.control.contexts()
         fabric.control.replace()
         assert fabric.control.contexts() == before
@@ -144,7 +269,7 @@ def test_guests_leases_and_states_stay(fabric: PrivateFabric) -> None:
         fabric.control.resume(suspended)
         fabric.control.power_on(off)
         later = fabric.control.add_context()["cid"]
-        assert later > max(one["cid"] for one in before)
+        assert later > removed  # no CID is reused soon
     wait_until(lambda: leased not in cids(fabric), "the end of the lease")
 
 
@@ -184,6 +309,19 @@ def test_followers_of_events_see_one_event(fabric: PrivateFabric) -> None:
     assert seen[1]["pid"] == pid and [one["missed"] for one in seen] == [0, 0, 0]
 
 
+def test_events_that_were_not_read_in_time_are_counted(fabric: PrivateFabric) -> None:
+    with fabric.control.events("context", "vsockd") as events:
+        for _ in range(1000):
+            fabric.control.remove_context(fabric.control.add_context()["cid"])
+        fabric.control.replace()
+        read = 0
+        while taken := events.take():
+            read += len(taken)
+        assert 0 < read < 2000
+        fabric.control.add_context()
+        assert events.wait(PATIENCE)["missed"] == 2001 - read
+
+
 def test_a_client_without_a_request_yet_is_served(fabric: PrivateFabric, guest: Attachment) -> None:
     with socket.socket(socket.AF_UNIX) as silent:
         silent.connect(str(fabric.folder / str(guest.cid) / "stream"))
@@ -196,14 +334,27 @@ def test_a_client_without_a_request_yet_is_served(fabric: PrivateFabric, guest: 
 
 
 def pending(fabric: PrivateFabric, guest: Attachment) -> int:
+    return usage(fabric, guest)["pending_connects"]
+
+
+def usage(fabric: PrivateFabric, guest: Attachment) -> dict[str, int]:
     rows = {row["cid"]: row for row in fabric.control.contexts()}
-    number: int = rows[guest.cid]["usage"]["pending_connects"]
-    return number
+    found: dict[str, int] = rows[guest.cid]["usage"]
+    return found
 
 
 def test_a_device_stays_attached(fabric: PrivateFabric, guest: Attachment) -> None:
     device = Device(fabric, guest)
-    with vsockets.socket(context=fabric.host) as polling, contextlib.closing(device.link):
+    datagrams = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+    channel = device.hand_over(socket.SOCK_SEQPACKET)
+    socket.send_fds(channel, [Request(Op.CATCH_ALL).encode()], [datagrams.fileno()])
+    assert Record.decode(channel.recv(RECORD_SIZE)).status == 0
+    channel.close()
+    with (
+        datagrams,
+        vsockets.socket(context=fabric.host) as polling,
+        contextlib.closing(device.link),
+    ):
         polling.setblocking(False)
         with pytest.raises(BlockingIOError):
             polling.connect((guest.cid, 700))
@@ -222,6 +373,10 @@ def test_a_device_stays_attached(fabric: PrivateFabric, guest: Attachment) -> No
             device.refuse()
             wait_until(lambda: streams(fabric) == [(guest.cid, 700)], "the outcomes")
         refused.close()
+        with datagram(fabric.host, (2, 6000)) as sender:
+            sender.sendto(b"to the guest", (guest.cid, 9))
+        datagrams.settimeout(PATIENCE)
+        assert datagrams.recv(20) == b"to the guest"
         with pytest.raises(OSError) as busy:
             fabric.control.attach_device(guest.cid)
         assert busy.value.errno == errno.EBUSY
@@ -257,6 +412,7 @@ def test_hybrid_vsock_stays(fabric: PrivateFabric) -> None:
             tool.connect(str(path))
             tool.send(b"CONNECT 5")
             wait_until(lambda: unread(tool) == 0, "vsockd to read the beginning")
+            relay = relays(fabric)
 
             fabric.control.replace()
 
@@ -265,12 +421,20 @@ def test_hybrid_vsock_stays(fabric: PrivateFabric) -> None:
             agent.accept()[0].close()
             first.send(b"x")
             assert accepted.recv(1) == b"x"
-            vsockets.create_connection((2, 1024), context=guest).close()
-            service.accept()[0].close()
+            with vsockets.create_connection((2, 1024), context=guest):
+                service.accept()[0].close()
+                assert relays(fabric) == relay  # the same one serves
             accepted.close()
             first.close()
         fabric.control.remove_context(7)
         wait_until(lambda: not path.exists(), "the socket to be removed")
+
+
+def relays(fabric: PrivateFabric) -> set[int]:
+    """Return the processes at the host's ends of streams to its port 1024."""
+    return {
+        row["pid"] for row in fabric.control.sockets() if (row["cid"], row["port"]) == (2, 1024)
+    }
 
 
 def unread(sock: socket.socket) -> int:

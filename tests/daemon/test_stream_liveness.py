@@ -12,8 +12,10 @@ from collections.abc import Iterator
 import pytest
 
 from vsockets.daemon import stream_liveness as module
+from vsockets.daemon.handover import Reader, Writer
 from vsockets.daemon.limits import DAEMON_STREAMS_PER_GROUP
 from vsockets.daemon.stream_liveness import Group, StreamLiveness
+from vsockets.fabric import Fabric
 
 NUMBER = 3 * DAEMON_STREAMS_PER_GROUP + 5
 
@@ -213,3 +215,25 @@ def test_it_checks_without_a_free_descriptor(stage: Stage) -> None:
         assert stage.look_at_all() == [7]
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+def test_the_next_vsockd_finds_streams_without_a_check(
+    stage: Stage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The epolls are handed over with what was found at their last checks."""
+    stage.add(range(NUMBER))
+    stage.look_at_all()
+    writer = Writer(Fabric(0))
+    saved = stage.watch.save(writer)
+    reader = Reader(Fabric(0), [os.dup(fd) for fd in writer.descriptors])
+    looks, ended = Looks(monkeypatch), list[int]()
+    successor = StreamLiveness(ended.append)
+    successor.restore(reader, saved)
+    successor.open()
+    inode = os.fstat(stage.accepting[0].fileno()).st_ino
+    assert successor.find(inode) == 0 and not looks.number
+    stage.connecting[1].close()
+    successor.end_hung_up()
+    assert ended == [1]
+    for group in successor.groups():
+        group.close()
