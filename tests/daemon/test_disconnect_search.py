@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import os
 import socket
+from collections.abc import Iterator
+from typing import NamedTuple
 
 import pytest
 
@@ -31,8 +33,17 @@ def stream(fabric: Fabric, accepted: socket.socket) -> Connection:
     return connection
 
 
-def test_the_search_continues_in_steps() -> None:
-    """The search for a hidden stream (its descriptor is in a message) visits all descriptors."""
+class HiddenStream(NamedTuple):
+    """A stream that is to be ended, and whose accepting end is in a message between processes."""
+
+    disconnector: Disconnector
+    mine: socket.socket  #: the connecting end
+    hidden: socket.socket  #: the message waits here
+
+
+@contextlib.contextmanager
+def hidden_stream(is_held: bool) -> Iterator[HiddenStream]:
+    """Yield a stream beside 640 other descriptors: of its connecting end if ``is_held``."""
     fabric = Fabric(0)
     disconnector = Disconnector(loop := EventLoop(), DeferredWork(loop), fabric.end)
     mine, accepted = socket.socketpair()
@@ -44,13 +55,19 @@ def test_the_search_continues_in_steps() -> None:
         send_with(hiding, b"x", [accepted.fileno()])
         accepted.close()
         for _ in range(640):
-            stack.callback(os.close, os.dup(mine.fileno()))
+            stack.callback(os.close, os.dup((mine if is_held else hiding).fileno()))
         disconnector._remaining[connection.number] = connection
+        yield HiddenStream(disconnector, mine, hidden)
+
+
+def test_the_search_continues_in_steps() -> None:
+    """The search for a hidden stream visits all descriptors."""
+    with hidden_stream(is_held=True) as (disconnector, mine, hidden):
         assert len(list(disconnector._try())) >= 10
         # Once it is in a process again it is found, and its search is over.
         _, (fd,), _, _ = socket.recv_fds(hidden, 1, 1)
-        stack.callback(os.close, fd)
         list(disconnector._try())
+        os.close(fd)
         assert not disconnector._remaining
         assert mine.recv(1) == b""
 
@@ -58,19 +75,7 @@ def test_the_search_continues_in_steps() -> None:
 @pytest.mark.parametrize("end", ["accepting", "connecting"])
 def test_a_stream_that_ends_during_the_search_is_not_left(end: str) -> None:
     """No process has that end then, so the search cannot find it."""
-    fabric = Fabric(0)
-    disconnector = Disconnector(loop := EventLoop(), DeferredWork(loop), fabric.end)
-    mine, accepted = socket.socketpair()
-    hiding, hidden = socket.socketpair()
-    with contextlib.ExitStack() as stack:
-        for sock in (mine, accepted, hiding, hidden):
-            stack.enter_context(sock)
-        connection = stream(fabric, accepted)
-        send_with(hiding, b"x", [accepted.fileno()])
-        accepted.close()
-        for _ in range(640):
-            stack.callback(os.close, os.dup(hiding.fileno()))
-        disconnector._remaining[connection.number] = connection
+    with hidden_stream(is_held=False) as (disconnector, mine, hidden):
         search = disconnector._try()
         next(search)
         if end == "accepting":
