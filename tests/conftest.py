@@ -59,7 +59,7 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
         return
     if left := sorted(traces.files(session.config.rootpath) - before):
         print(f"\nERROR: the tests have left in {session.config.rootpath}: {', '.join(left)}")
-        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+        session.exitstatus = traces.LEFT  # also if tests have failed
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:

@@ -15,6 +15,9 @@ TOOLS = frozenset(
     }
 )
 
+#: The exit status of a run that left something; none of pytest's own.
+LEFT = 9
+
 #: Names in the working tree before the tests.
 BEFORE = pytest.StashKey[set[str]]()
 

@@ -71,7 +71,7 @@ def test_a_file_left_in_the_tree_fails_the_run(tmp_path: Path, parallel: tuple[s
     done = run()
     assert done.returncode == 0, done.stdout + done.stderr
     done = run(LEAVE="trace.state")
-    assert done.returncode == 1
+    assert done.returncode == traces.LEFT
     assert f"ERROR: the tests have left in {tmp_path}: trace.state" in done.stdout
 
 

@@ -124,7 +124,7 @@ def _within(root: Path, scratch: Path) -> int:
     }
     parts = sys.argv[3:] or PARTS
     command = [
-        *("sh", "-ec", _ENTER, str(_TREE), str(_VENV / "bin/python"), "-m", "pytest"),
+        *("sh", "-ec", _ENTER, str(_TREE), str(_VENV / "bin/python"), "tests/retry.py"),
         *("-p", "no:cacheprovider", "--numprocesses", namespace.WORKERS, "--dist", "loadfile"),
         *("-rf", *parts),
     ]
