@@ -28,6 +28,7 @@ os.environ["VSOCKETS_DIR"] = str(_scratch / "fabric")
 os.environ.pop("VSOCKETS_CONTEXT", None)
 # The filter of no_kernel_vsock would make "auto" select ptrace.
 os.environ["VSOCKETS_INTERCEPTOR"] = os.environ.get("VSOCKETS_INTERCEPTOR", "notify")
+os.environ.pop("PYTEST_ADDOPTS", None)  # for these tests, not for the pytest that some start
 os.environ.pop("COLUMNS", None)  # tests' programs print whole lines wherever the tests run
 if "PYTEST_XDIST_WORKER" not in os.environ:  # the workers inherit it
     traces.replace_home(_scratch / "home")
