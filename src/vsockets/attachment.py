@@ -134,8 +134,8 @@ class Attachment:
     def is_trusted(self, sock_type: int, peer_cid: int = VMADDR_CID_HOST, cookie: int = 0) -> bool:
         """Return whether this process's sockets of type ``sock_type`` are trusted (guide page 24).
 
-        Trust in a program of the host depends on the guest, ``peer_cid``.  For the bound socket
-        with the kernel's number ``cookie``, it was decided when the socket was bound.
+        Trust in a program of the host depends on the guest, ``peer_cid``.  With a ``cookie``
+        (SO_COOKIE), the result is the trust that was decided when that socket was bound.
         """
         record, _ = self.request(client.local_cid(peer_cid, cookie=cookie))
         return record.is_trusted(datagram=sock_type == socket.SOCK_DGRAM)
@@ -266,9 +266,9 @@ def explain(failure: OSError, handle: ContextHandle) -> None:
 
 
 def assigned() -> Attachment | None:
-    """Return the context that this process was put into, or None.
+    """Return the context that is assigned to this process, or None.
 
-    It is named by ``VSOCKETS_CONTEXT``, or its folder is mounted at :data:`SELF`.
+    The context is named by ``VSOCKETS_CONTEXT``, or its folder is mounted at :data:`SELF`.
     """
     configured = os.environ.get("VSOCKETS_CONTEXT")
     if configured:

@@ -47,7 +47,11 @@ class Control:
         return self._sock.fileno()
 
     def status(self) -> dict[str, Any]:
-        """Return the state of vsockd: its pid, folder, uptime in seconds, and counts."""
+        """Return the state of vsockd.
+
+        The result has vsockd's pid, folder, configuration and uptime in seconds, and the numbers of
+        contexts, streams, listeners, datagram sockets, refusals, denials and open descriptors.
+        """
         return self._request("status")  # type: ignore[no-any-return]
 
     def sockets(self) -> list[dict[str, Any]]:

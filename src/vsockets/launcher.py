@@ -54,13 +54,13 @@ def start(folder: Path, on_demand: bool = True) -> bool:
 
 
 def _wait_until_served(folder: Path) -> None:
-    """Wait until the vsockd that another process has started accepts requests, or a timeout."""
+    """Wait, until a timeout, for a vsockd started by another process to accept requests."""
     deadline = time.monotonic() + _START_TIMEOUT_SECONDS
     while time.monotonic() < deadline:
         try:
             Control(folder).close()
         except PermissionError:
-            return  # it serves, but not this user
+            return  # vsockd serves, but refuses this user
         except OSError:
             time.sleep(0.01)
         else:

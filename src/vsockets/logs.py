@@ -112,7 +112,7 @@ class _Limit(logging.Filter):
             return True
         place = record.pathname, record.lineno
         party = getattr(record, "party", place)
-        # A traceback counts as twenty lines.
+        # A record with a traceback counts as twenty lines.
         rate = getattr(record, "rate", 1 if record.exc_info else None)
         left_out = self._throttle.admit(party if rate is None else (party, place), rate)
         record.left_out = left_out

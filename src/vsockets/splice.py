@@ -102,7 +102,7 @@ def _copy(direction: _Direction, pipe: _Pipe) -> int:
 
 
 class _End:
-    """One of the two sockets of a connection."""
+    """One end of a connection: its socket, and the directions that read and write it."""
 
     __slots__ = ("connection", "fd", "mask", "receiving", "sending", "sock")
 

@@ -279,7 +279,7 @@ class _Walk:
         return table
 
     def _latest(self, path: KeyPath) -> KeyPath:
-        """Return ``path``; append the latest element's index if it is an array of tables."""
+        """Return ``path``, with its latest element's index if ``path`` is an array of tables."""
         return (*path, self._elements[path] - 1) if path in self._elements else path
 
     def _pair(self, table: KeyPath) -> None:

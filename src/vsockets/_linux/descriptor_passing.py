@@ -151,7 +151,7 @@ def _become_guarded(sock: stdlib.socket) -> None:
 
 
 def is_guarded(sock: stdlib.socket) -> bool:
-    """Return whether the methods of ``sock`` protect it; ``splice`` would bypass them."""
+    """Return whether ``sock`` is protected by its own methods, which ``splice`` would bypass."""
     return isinstance(sock, _Guarded)
 
 

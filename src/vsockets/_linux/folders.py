@@ -36,7 +36,7 @@ def describe(error: OSError) -> str:
 
 
 def shown_path(path: str | os.PathLike[str]) -> str:
-    """Return ``path`` for messages, with a folder's path in place of a descriptor."""
+    """Return ``path`` for messages: ``/proc/self/fd/N`` becomes the path of that folder."""
     path = os.fspath(path)
     held = re.match(r"/proc/self/fd/\d+", path)
     if held is not None:
@@ -201,7 +201,7 @@ def remove_stale(name: str, folder: int | None = None) -> None:
             with contextlib.suppress(OSError):
                 os.unlink(name, dir_fd=folder)
         except OSError:
-            pass  # it is open and of another type, or not accessible
+            pass  # another process has it open, of another type, or it is not accessible
 
 
 def _require_answering(path: Path, folder: int, before: str) -> str:

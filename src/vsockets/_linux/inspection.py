@@ -29,7 +29,7 @@ def unread_bytes(fd: int) -> int:
 
 
 def socket_inode(link: str) -> int:
-    """Return the inode in the target of a link in ``/proc/PID/fd``, or 0 if it is not a socket."""
+    """Return the inode in ``link``, the target of a link in ``/proc/PID/fd``; 0 if no socket."""
     return int(link[len(_SOCKET_PREFIX) : -1]) if link.startswith(_SOCKET_PREFIX) else 0
 
 

@@ -197,7 +197,7 @@ def table_names(table: bytes) -> list[bytes]:
 
 
 def with_integer(table: bytes, name: bytes, value: int) -> bytes:
-    """Return the table with a 64-bit integer entry appended."""
+    """Return ``table`` with the 64-bit integer ``value`` appended under ``name``."""
     entry = b"%c%bl%b" % (len(name), name, _SIGNED.pack(value))
     return _LONG.pack(len(table) - _LONG.size + len(entry)) + table[_LONG.size :] + entry
 

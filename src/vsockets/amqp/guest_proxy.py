@@ -48,7 +48,7 @@ class ClientServer(ABC):
 
     @abstractmethod
     def session_of(self, client: Client) -> AbstractContextManager[AmqpSession]:
-        """Return a context manager that yields the session of a new client and frees its limits.
+        """Return a context manager that yields a client's session and counts it against limits.
 
         Raises OSError when the client exceeds a limit.
         """

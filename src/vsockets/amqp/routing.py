@@ -46,7 +46,7 @@ def requester(headers: Headers) -> str:
 
 @dataclass(eq=False, slots=True)
 class BrokerNode:
-    """A broker, a node of the cluster, and its state."""
+    """A broker of the cluster, with its number of sessions and its health."""
 
     locator: Locator
     sessions: int = 0  #: sessions that this proxy has open to the node

@@ -102,7 +102,7 @@ class SessionRelay:
         self.done: asyncio.Future[None] = self._loop.create_future()
 
     def joined(self, side: Side) -> None:
-        """Handle the connection of ``side``; read from both sides once both are connected."""
+        """Record that ``side`` is connected; read from both sides once both are."""
         if side.other.transport is None:
             # Not at once: asyncio of Python 3.11.2 (Debian 12) starts to read after
             # connection_made().

@@ -39,7 +39,7 @@ def choose(folder: Path) -> None:
 
 
 def assigned_context() -> Attachment | None:
-    """Return the context that this process was put into, or None; None also with ``--dir``."""
+    """Return the context that is assigned to this process; None without one or with ``--dir``."""
     return None if _chosen else assigned()
 
 

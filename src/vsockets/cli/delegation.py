@@ -1,9 +1,9 @@
 """``vsock run`` within ``vsock fabric``, whose command has a supervisor already.
 
 A process has one supervisor for life, and so have its children.  Therefore ``vsock run`` passes its
-arguments, environment, descriptors and folder to the process that keeps the fabric, which is not
-supervised.  That process starts the program with a supervisor of its own, and ``vsock run`` relays
-signals and the exit status, as if the program were its child.
+arguments, environment, descriptors and working directory to the process that keeps the fabric,
+which is not supervised.  That process starts the program with a supervisor of its own, and ``vsock
+run`` relays signals and the exit status, as if the program were its child.
 """
 
 from __future__ import annotations
@@ -34,7 +34,8 @@ _PR_SET_PDEATHSIG = 1
 #: Seconds for a ``vsock run`` to send its request after it has connected.
 _REQUEST_SECONDS = 10.0
 
-#: Descriptors besides the program's own: its folder, and the file with the rest of the request.
+#: Descriptors sent besides the program's own: that of its working directory, and that of a file
+#: with its arguments and environment.
 _OWN = 2
 #: Descriptors of a program; the kernel passes up to 253 in a message (SCM_MAX_FD).
 _DESCRIPTORS_MAX = 250
@@ -105,7 +106,7 @@ def _send_request(channel: socket.socket, arguments: dict[str, Any]) -> None:
 def _inherited() -> Iterator[int]:
     """Yield the descriptors that a program started by this process would inherit."""
     for name in os.listdir("/proc/self/fd"):
-        with contextlib.suppress(OSError):  # that of the listing itself is closed by now
+        with contextlib.suppress(OSError):  # the listing's own descriptor is closed by now
             if not fcntl.fcntl(int(name), fcntl.F_GETFD) & fcntl.FD_CLOEXEC:
                 yield int(name)
 
@@ -128,7 +129,7 @@ class Delegated:
             message = self.channel.recv(MESSAGE.size)
         except ConnectionResetError:
             message = b""
-        # The process is not reaped before its channel is closed, so that the number is its own.
+        # The process is not reaped before its channel is closed, so no other process has its id.
         if len(message) != MESSAGE.size:
             os.kill(self.pid, signal.SIGKILL)
             return False
@@ -216,7 +217,7 @@ class Launcher:
         return pid, client
 
     def _become(self, request: dict[str, Any], folder: int, passed: list[int], done: int) -> int:
-        """Take over the group, descriptors, folder and limits of the process of ``vsock run``.
+        """Take over the process group, descriptors, directory and limits of ``vsock run``.
 
         Returns the descriptor of the lifeline.
         """
@@ -228,7 +229,7 @@ class Launcher:
                 signal.signal(number, signal.SIG_IGN if ignored else signal.SIG_DFL)
         signal.signal(signal.SIGINT, signal.default_int_handler)
         try:
-            os.setpgid(0, request["group"])  # the terminal's signals reach it there
+            os.setpgid(0, request["group"])  # the terminal's signals reach the program there
         except OSError:  # another session
             os.setpgid(0, 0)
         os.close(done)

@@ -369,7 +369,7 @@ def _accessible(path: str) -> Finding:
         return Finding(path, "partly", f"{path}: permission denied", advice)
     try:
         group = grp.getgrgid(number).gr_name
-    except KeyError:  # a device of a container's host
+    except KeyError:  # the device belongs to a container's host
         group = str(number)
     advice = _for_container(f"--group-add {number}", f"add this user to group {group}")
     return Finding(path, "partly", f"{path}: permission denied", advice)
@@ -381,7 +381,7 @@ def _is_in_container() -> bool:
 
 
 def _for_container(option: str, otherwise: str) -> str:
-    """Return advice: the option of a container's runtime and the machine's part, or only that part.
+    """Return ``otherwise``, in a container after the ``option`` of the container's runtime.
 
     A container has no devices but those that its runtime adds.
     """

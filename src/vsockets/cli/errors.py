@@ -10,7 +10,7 @@ _UNREACHABLE = (
     "context ls, vsock events denial)"
 )
 
-#: Causes of a failed connect, by errno; and of a failed bind and send.
+#: Causes of a failed connect, by errno; below, those of a failed bind and a failed send.
 CONNECT = {
     errno.ECONNRESET: "no program listens there, its backlog is full, or this context may not "
     "connect to it (see: vsock events denial); --wait SECONDS retries",
@@ -50,7 +50,7 @@ def cli_error(doing: str, error: OSError, meanings: dict[int, str]) -> CliError:
     ``doing`` names the operation.  ``meanings`` has the likely causes, by errno.
     """
     code = error.errno or 0
-    why = error.strerror or str(error)  # may be the library's, such as how to start vsockd
+    why = error.strerror or str(error)  # may be text of the library, such as how to start vsockd
     if code in meanings:
         why = f"{meanings[code]} ({os.strerror(code)})"
     # The library's notes name the transport that was chosen.

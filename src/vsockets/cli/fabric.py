@@ -133,7 +133,7 @@ class _Keeper:
         return [self._sock.fileno(), self._vsockd, self._errors]
 
     def end(self, status: int) -> int:
-        """Report the command's wait status; return the final one when all is removed."""
+        """Report the command's wait status; return the final status once the fabric is removed."""
         with contextlib.suppress(OSError):
             self._sock.send(MESSAGE.pack(ENDED, status))
         message = b""

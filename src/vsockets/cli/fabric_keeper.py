@@ -46,7 +46,8 @@ class Keeper:
         self._reserved_ports = reserved_ports
         self._fabric = PrivateFabric()
         self._launcher: Launcher | None = None
-        # Supervisors have the other end: they end with this one, and it with the last of them.
+        # Supervisors have the other end: they end when this end is closed, and it reports end of
+        # file after the last of them.
         self._supervisors, self._lifeline = socket.socketpair()
         self._programs: dict[int, Delegated] = {}  # by process ID
         self._status: int | None = None
@@ -123,7 +124,7 @@ class Keeper:
             message = front.recv(MESSAGE.size)
         except ConnectionResetError:
             message = b""
-        # Without a message the command's process was killed: its log is of no use to anyone.
+        # Without a message the command's process was killed: no client reads its log.
         self._status = MESSAGE.unpack(message)[1] if message else 0
 
     def _on_signals(self, wakeups: socket.socket) -> None:
@@ -140,7 +141,7 @@ class Keeper:
             )
 
     def _on_message(self, program: Delegated, channel: socket.socket) -> None:
-        # It may have been closed since it was reported to be readable.
+        # The channel may have been closed since it was reported as readable.
         if channel.fileno() >= 0 and not program.on_message():
             self._selector.unregister(channel)
             channel.close()

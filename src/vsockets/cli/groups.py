@@ -12,7 +12,7 @@ import click
 
 @contextmanager
 def _errors_of(ctx: click.Context) -> Iterator[None]:
-    """Make usage errors in the with block name the help of the command of ``ctx``.
+    """Make usage errors in the with block refer to the help of the command of ``ctx``.
 
     click's parser reports an option without its value as an error of no command.
     """

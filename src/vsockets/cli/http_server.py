@@ -116,7 +116,7 @@ class HttpServer:
                     pass
 
     def _keep(self, writer: asyncio.StreamWriter) -> None:
-        if self._clients.pop(writer, writer) is None:  # else it has been aborted
+        if self._clients.pop(writer, writer) is None:  # else the client has been aborted
             _add(writer, self._with_session, HTTP_SESSION_CLIENTS_MAX)
 
     async def _answer(
@@ -209,7 +209,7 @@ def serve(
     prepare: Callable[[str], Handler],
     *beside: Callable[[], Coroutine[Any, Any, None]],
 ) -> None:
-    """Serve HTTP at ``where`` until Ctrl-C or SIGTERM; only the user can connect to a unix socket.
+    """Serve HTTP at ``where`` until Ctrl-C or SIGTERM; a unix socket admits this user only.
 
     ``prepare`` is called with the address once clients can connect, and returns the handler;
     the coroutines of ``beside`` run as long as the server.

@@ -43,7 +43,7 @@ class View(ABC):
         """Return the view, ``width`` characters by ``height`` lines."""
 
     def read_source(self) -> None:  # noqa: B027 - optional: most views have no sources
-        """Read from the descriptor of ``sources`` that is readable."""
+        """Read from the descriptors in :attr:`sources`, at least one of which is readable."""
 
     def press(self, keys: str) -> None:  # noqa: B027 - optional
         """Handle keys that the user has pressed, none of them q."""

@@ -27,13 +27,13 @@ _OF_CONTEXTS = (
     ("refusals", "vsock_refusals_total", "counter", "Requests that failed, denials included."),
 )
 
-#: The same of contexts whose device counts bytes; others have none of these.
+#: Metrics, as in _OF_CONTEXTS, of contexts whose device counts bytes; other contexts lack them.
 _OF_DEVICES = (
     ("bytes_sent", "vsock_sent_bytes_total", "Bytes of streams from the guest."),
     ("bytes_received", "vsock_received_bytes_total", "Bytes of streams to the guest."),
 )
 
-#: Metrics of vsockd: the key in :meth:`vsockets.control.Control.status`, and the same three.
+#: Metrics of vsockd: the key in :meth:`vsockets.control.Control.status`, then name, type and help.
 _OF_VSOCKD = (
     ("uptime", "vsockd_uptime_seconds", "gauge", "Time since vsockd was started."),
     ("contexts", "vsockd_contexts", "gauge", "Contexts, the host included."),

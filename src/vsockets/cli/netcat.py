@@ -264,7 +264,7 @@ def _connected(
 
 
 def _transport() -> str:
-    """Return the end of a message that names the transport if it is the kernel's; else nothing."""
+    """Return the end of a message: it names the kernel's AF_VSOCK if in use, else it is empty."""
     return ", the kernel's AF_VSOCK" if isinstance(own_context(), KernelContext) else ""
 
 

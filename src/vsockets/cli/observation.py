@@ -170,7 +170,7 @@ def _owners_below(pid: int) -> dict[int, _Process]:
     found: dict[int, _Process] = {}
     processes = [pid]
     for member in processes:
-        with contextlib.suppress(OSError):  # it has ended, or belongs to another user
+        with contextlib.suppress(OSError):  # the process has ended, or belongs to another user
             process = _Process(member, _started(member))
             for _, inode in sockets_of(member):
                 found.setdefault(inode, process)

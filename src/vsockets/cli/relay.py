@@ -366,6 +366,6 @@ class DatagramRelay:
         self._last_active = time.monotonic()
 
     def _globally(self, address: Address) -> Address:
-        """Return ``address`` with this context's own CID if it has VMADDR_CID_LOCAL."""
+        """Return ``address``, with this context's own CID in place of VMADDR_CID_LOCAL."""
         cid, port = address
         return (self._context.cid if cid == VMADDR_CID_LOCAL else cid), port

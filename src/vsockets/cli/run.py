@@ -143,7 +143,7 @@ def run_here(
         place = Attachment(context["folder"])
         lease = control.fileno() if context["leased"] else None
     else:
-        _ = place.cid  # fails if vsockd does not run or does not let this user in
+        _ = place.cid  # fails if vsockd does not run or refuses this user
 
     def program_starts() -> NoReturn:
         exec_program(list(program), environment(place.folder))

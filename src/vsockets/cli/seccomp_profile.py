@@ -1,7 +1,7 @@
 """Seccomp profiles for container runtimes that allow ``vsock run`` to supervise programs.
 
-``seccomp_profiles/*.toml`` has the facts about the runtimes' default profiles.  None of the
-profiles made here allows ``socket(AF_VSOCK)``: the container does not get the machine's own.
+``seccomp_profiles/*.toml`` describes the runtimes' default profiles.  None of the profiles made
+here allows ``socket(AF_VSOCK)``: the container does not get the machine's own.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class Runtime(StrEnum):
 
 
 def load_facts(runtime: Runtime) -> dict[str, Any]:
-    """Return the facts about a runtime's default profile."""
+    """Return a runtime's default profile: the parsed ``seccomp_profiles/RUNTIME.toml``."""
     return tomllib.loads((_FOLDER / f"{runtime}.toml").read_text())
 
 

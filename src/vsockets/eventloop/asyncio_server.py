@@ -222,7 +222,7 @@ class AsyncioAcceptor:
     def _accept(self, listening: stdlib.socket) -> None:
         for _ in range(ACCEPTS_PER_TURN_MAX):
             if self.listener is None:
-                return  # the last client's admission has closed it
+                return  # admit() has closed the listener
             if not self._has_room():
                 self._set_accepting(False)  # the backlog makes clients wait
                 return

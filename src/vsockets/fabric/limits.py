@@ -12,7 +12,7 @@ GUEST_SOCKETS_MAX = 4096
 #: (LISTEN_BACKLOG_MAX), so a single party cannot fill a listener's backlog.
 GUEST_PENDING_CONNECTS_MAX = 1024
 
-#: Users of the host to remember although they hold nothing, because their request rate counts.
+#: Users of the host to remember although they have no sockets: their request rates are counted.
 HOST_USERS_REMEMBERED_MAX = 1024
 
 #: Requests per second: connects, binds, new datagram destinations.  A connect takes vsockd about

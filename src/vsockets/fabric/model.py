@@ -388,12 +388,12 @@ class Context:
 
     @property
     def sockets(self) -> int:
-        """Number of ports that its sockets hold."""
+        """Number of ports that sockets of the context hold."""
         return len(self.connected) + len(self.datagrams)
 
     @property
     def pending(self) -> int:
-        """Number of pending connections of all its parties: see :class:`.Party`."""
+        """Number of pending connections of all parties in the context: see :class:`.Party`."""
         return sum(party.pending for party in self.parties())
 
     def party_of(self, uid: int) -> Party:

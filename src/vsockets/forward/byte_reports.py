@@ -86,7 +86,7 @@ class ByteReports:
 
     def _report(self) -> None:
         self._timer = None
-        # The next ones have their turn first the next time.
+        # The other connections come first in the next second.
         for connection in list(islice(self._connections, FORWARD_BYTE_REPORTS_MAX)):
             reported = self._connections.pop(connection)
             self._connections[connection] = reported

@@ -34,7 +34,7 @@ class Client:
 
 
 def party_of(name: Any) -> Hashable:
-    """Return the party that owns ``name``, an address of the socket module: a CID or a host."""
+    """Return the party, for limits, of a client at the socket address ``name``: CID or host."""
     return name[0] if isinstance(name, tuple) else "this machine"
 
 

@@ -30,7 +30,7 @@ class ForwardedConnection(splice.SplicedPair):
 
     def finished(self, why: OSError | None) -> None:
         """Set the result of ``ended``."""
-        if not self.ended.done():  # it is done if the waiting task was cancelled
+        if not self.ended.done():  # the future is done already if the waiting task was cancelled
             self.ended.set_result(why)
             self._wake()
 
@@ -61,7 +61,7 @@ class PumpSelector(selectors.BaseSelector):
         self._awaited = True
 
     def _serve(self, ready: list[tuple[int, int]]) -> bool:
-        """Serve a batch of events; return whether asyncio is to run."""
+        """Serve a batch of events; return True if :meth:`select` must return to asyncio."""
         callbacks = self._callbacks
         for fd, events in ready:
             callback = callbacks.get(fd)
@@ -85,7 +85,7 @@ class PumpSelector(selectors.BaseSelector):
 
     def unwatch(self, fd: int) -> None:
         """Stop watching ``fd``, which is closed next."""
-        self._callbacks.pop(fd, None)  # close() removes it from the epoll instance
+        self._callbacks.pop(fd, None)  # closing fd removes it from the epoll instance
 
     # asyncio's selector
 
@@ -98,7 +98,7 @@ class PumpSelector(selectors.BaseSelector):
         return self._rest.unregister(fileobj)
 
     def modify(self, fileobj: Any, events: int, data: Any = None) -> selectors.SelectorKey:
-        """Change the events of a file of asyncio."""
+        """Change the events that asyncio watches ``fileobj`` for."""
         return self._rest.modify(fileobj, events, data)
 
     def get_map(self) -> Mapping[Any, selectors.SelectorKey]:

@@ -43,7 +43,7 @@ class ForwardService:
 
     @property
     def addresses(self) -> dict[Locator, str]:
-        """The address that each forward listens on, by source, with wildcards resolved."""
+        """The listening address of each forward, wildcards resolved, by the forward's source."""
         return {
             source: forward.listener.where
             for source, forward in self._forwards.items()

@@ -26,11 +26,11 @@ class BufferSizes(NamedTuple):
         return self._replace(size=max(min(size, self.maximum), self.minimum))
 
     def with_minimum(self, minimum: int) -> BufferSizes:
-        """Return the sizes with another minimum, to which the size is raised."""
+        """Return the sizes with another minimum, to which a smaller size is raised."""
         return self._replace(minimum=minimum).with_size(self.size)
 
     def with_maximum(self, maximum: int) -> BufferSizes:
-        """Return the sizes with another maximum, to which the size is reduced."""
+        """Return the sizes with another maximum, to which a larger size is reduced."""
         return self._replace(maximum=maximum).with_size(self.size)
 
 

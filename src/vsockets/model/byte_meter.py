@@ -16,7 +16,7 @@ _STALE_SECONDS = 2.5 * REPORT_SECONDS
 
 
 class Moved(NamedTuple):
-    """Bytes, or bytes per second, in both directions of one end."""
+    """Bytes, or bytes per second, that one end of a stream has sent and received."""
 
     sent: float
     received: float
@@ -31,7 +31,7 @@ class Moved(NamedTuple):
 
 
 class ByteMeter:
-    """Totals of the reports on one end, and their rates."""
+    """The reported bytes of one end of a stream: totals and rates."""
 
     __slots__ = ("_at", "_rates", "total")
 

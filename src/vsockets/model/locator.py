@@ -105,7 +105,7 @@ class VsockFolder:
 
     @property
     def socket_path(self) -> str:
-        """The path of the unix socket that listens for connections to the address."""
+        """The path of the unix socket that belongs to this CID and port."""
         if self.convention == "hyperkit":
             return f"{self.path}/{self.cid:08x}.{self.port:08x}"
         return f"{self.path}/{self.cid}.{self.port}"

@@ -167,7 +167,8 @@ class HandleStore:
         self._reserve = self._path.with_name(f"{self._path.name}-reserve")
         self._path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         try:
-            os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))  # it contains a secret key
+            # 0600, because the file contains a secret key
+            os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
             self._connection = sqlite3.connect(path, isolation_level=None, timeout=0)
             try:
                 self._prepare()

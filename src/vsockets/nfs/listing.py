@@ -166,7 +166,7 @@ class ListingCache:
                 continue
             is_new = part.is_awaited or part.version == version
             if part.start == 0 and is_new if begins else part.contains(cookie):
-                part.is_awaited = False  # the directory may have changed for other calls
+                part.is_awaited = False  # for other calls, the directory may have changed since
                 parts.move_to_end(key)
                 return part
         return None

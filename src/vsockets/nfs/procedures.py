@@ -365,7 +365,7 @@ class Procedures:
                     file = caller.tree.look_up(folder, name, caller.guest)
             except FileNotFoundError:  # removed since the names were read
                 return None
-            except OSError:  # on another file system
+            except OSError:  # the name is on another file system
                 pass
             else:
                 ino = file.state.ino

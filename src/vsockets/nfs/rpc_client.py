@@ -217,7 +217,7 @@ class RpcClient:
             pending.reply.set_result(data)
 
     def _set_timer(self, due: float) -> None:
-        """Check timeouts at ``due``; an earlier timer is kept, because it sets the next one."""
+        """Check timeouts at ``due``; if an earlier timer exists, it sets the next one instead."""
         if self._timer is not None:
             if self._timer.when() <= due:
                 return

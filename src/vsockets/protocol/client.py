@@ -256,7 +256,7 @@ class CaptureStart(NamedTuple):
     """The start of a capture; the descriptor of the socket for records comes with this message."""
 
     port: int  #: the only port captured, or VMADDR_PORT_ANY
-    limit: int  #: bytes of each payload
+    limit: int  #: bytes to copy of each payload
 
 
 class BufferResized(NamedTuple):

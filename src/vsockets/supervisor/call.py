@@ -137,7 +137,7 @@ class Call:
                 for address, data in pieces:
                     if data and not write_memory(memory, address, data):
                         raise CallInterrupted
-        except (FileNotFoundError, ProcessLookupError):  # its thread has ended
+        except (FileNotFoundError, ProcessLookupError):  # the calling thread has ended
             raise CallInterrupted from None
 
     def duplicate(self, endpoint: Endpoint) -> _socket.socket:

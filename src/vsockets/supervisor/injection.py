@@ -109,8 +109,10 @@ class StoppedThread:
         self.number = number
         self.space = space
         self.place = Place.RUNNING
-        self.call: SystemCall | None = None  #: that it has stopped at, or sleeps for
-        self.saved: Registers | None = None  #: of AT_EXIT and ASLEEP: those that it goes on with
+        #: the call that the thread has stopped at, or sleeps for
+        self.call: SystemCall | None = None
+        #: AT_EXIT and ASLEEP: the registers that the thread goes on with
+        self.saved: Registers | None = None
         self.instruction = 0  #: the address of the instruction that makes its injected calls
         self.blocked: int | None = None  #: the signals that it blocked, if others are blocked now
         self.held: list[int] = []  #: signals that could not be blocked
@@ -175,7 +177,7 @@ class Injector:
         if stop.event is Event.GROUP_STOP:  # reported again when the thread is let go
             thread.is_group_stopped = True
         elif stop.event is not Event.STOP:
-            # Something else came first, which is handled in its turn, and the interrupt after it.
+            # Another event came first, which is handled in its turn; the interrupt follows it.
             self.unread.append((thread.number, self._last_status))
             raise OSError(errno.EAGAIN, os.strerror(errno.EAGAIN))
         thread.place = Place.AT_STOP
@@ -392,7 +394,7 @@ class Injector:
         self._set_registers(thread, registers)
         self._run(thread)
         while self._run(thread).event is not Event.SECCOMP:
-            # No filter stops the call: it has been made.  This cannot be.
+            # No filter stopped the call, so it has been made, which no sequence of stops allows.
             raise OSError(errno.EIO, os.strerror(errno.EIO))
         thread.place, thread.saved = Place.AT_CALL, None
 
@@ -479,7 +481,7 @@ class Injector:
     def _release(self, thread: StoppedThread) -> None:
         """Let a thread run."""
         self._unblock_signals(thread)
-        if thread.is_group_stopped:  # it stops at once, if its process is still stopped
+        if thread.is_group_stopped:  # the thread stops at once, if its process is still stopped
             thread.is_group_stopped = False
             self._request(self._ptrace.interrupt, thread)
         thread.place, thread.call, thread.saved = Place.RUNNING, None, None

@@ -30,7 +30,7 @@ class Interruption(Enum):
 
     RESTART = auto()  #: fails with EINTR, unless the signal's handler has SA_RESTART
     FAIL = auto()  #: fails with EINTR
-    DEFER = auto()  #: none until the call is answered, if the mechanism can defer signals
+    DEFER = auto()  #: no effect until the call is answered, if the mechanism can defer signals
 
 
 class InterceptedCall:
@@ -47,7 +47,7 @@ class InterceptedCall:
         instruction: int,
         arguments: tuple[int, ...],
     ) -> None:
-        #: The interceptor's own; changes when the thread repeats the call.
+        #: The interceptor's number of the call; it changes when the thread repeats the call.
         self.id = id_
         #: The thread, in the supervisor's pid namespace; 0 if it has no number there.
         self.pid = pid

@@ -79,7 +79,7 @@ class Keeper(Protocol):
     It is readable when that process has ended.
     """
 
-    pid: int  #: that process
+    pid: int  #: id of the process
 
     def descriptors(self) -> list[int]:
         """Return the descriptors to keep open, that of the connection first."""
@@ -198,7 +198,7 @@ class _Program:
             if os.WIFSTOPPED(status):
                 self.on_group_stop(pid)
                 continue
-            # It may have ended before it was seen to continue.
+            # The process may have ended before its continuing was reported.
             if self._stopped and self._front is not None:
                 os.kill(self._front_pid, signal.SIGCONT)
             self._stopped = False
@@ -257,7 +257,7 @@ class _Program:
             return
         message = _receive(self._front)
         if not message:  # the front was killed: kill the program
-            self._front.close()  # which also ends the watch: it would report the end for ever
+            self._front.close()  # also ends the watch, which would report the end for ever
             self._front = None
             if self._ends_all:
                 self.end_all()
@@ -271,7 +271,7 @@ class _Program:
             self._signal(signal.SIGCONT)
 
     def _signal(self, number: int) -> None:
-        # Not reaped yet, so that the number is still its own.
+        # The process is not reaped yet, so no other process has its id.
         with contextlib.suppress(ProcessLookupError):
             os.kill(self.pid, number)
 
@@ -318,7 +318,8 @@ def _run_supervisor(
         if lifeline is not None:
 
             def on_lifeline(events: int) -> None:
-                # It stays open until this process ends: the other side waits for that.
+                # The descriptor stays open until this process ends: the other side waits for its
+                # end.
                 supervisor.scheduler.unwatch(key, lifeline)
                 program.end_all()
 
@@ -444,7 +445,7 @@ def _receive(channel: socket.socket) -> bytes:
     """Return the next message; empty if the other side has ended."""
     try:
         return channel.recv(MESSAGE.size)
-    except ConnectionResetError:  # it ended with a message unread; its own last one follows
+    except ConnectionResetError:  # it left a message unread: its last follows
         return channel.recv(MESSAGE.size)
 
 

@@ -293,7 +293,7 @@ class Processes:
         with contextlib.suppress(OSError):
             if self._is_asleep(pid):
                 return False
-            for _ in range(2):  # it may be woken between two reads
+            for _ in range(2):  # the thread may be woken between two reads
                 state, mine, shared, blocked = _status(
                     pid, b"State:", b"SigPnd:", b"ShdPnd:", b"SigBlk:"
                 )

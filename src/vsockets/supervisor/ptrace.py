@@ -35,7 +35,7 @@ _GENERAL, _ARM_SYSTEM_CALL = 1, 0x404
 
 #: The option that marks system call stops.
 SYSTEM_CALL_STOPS = 1 << 0
-#: Further ones: trace new processes and threads, and report them as events, as well as programs
+#: Further options: trace new processes and threads, and report them as events, also programs
 #: executed and calls that a filter traces; kill the tracees when the tracer ends.
 _OPTIONS = SYSTEM_CALL_STOPS | 1 << 1 | 1 << 2 | 1 << 3 | 1 << 4 | 1 << 7 | 1 << 20
 
@@ -69,7 +69,7 @@ class Event(IntEnum):
     CLONE = 3
     EXEC = 4
     SECCOMP = 7  #: before a system call that a filter traces
-    STOP = 128  #: it was interrupted, is new, or continues after a group stop
+    STOP = 128  #: the thread was interrupted, is new, or continues after a group stop
     GROUP_STOP = 129  #: a signal has stopped its process; PTRACE_EVENT_STOP as well
     SIGNAL = 130  #: before a signal is delivered
     SYSTEM_CALL = 131  #: before or after a system call

@@ -49,7 +49,7 @@ log = logging.getLogger(__name__)
 
 #: Seconds that a process has to stop in.  One in an uninterruptible wait does not.
 _STOP_SECONDS = 0.1
-#: Threads of a process to try: one may be where it can make no call.
+#: Threads of a process to try: a thread may be in a state in which it can make no call.
 _THREADS = 8
 _SO_COOKIE = 57
 _COOKIE = struct.Struct("=Q")
@@ -99,7 +99,7 @@ class _Visit:
             try:
                 with self._stopped(StoppedThread(number, space)) as thread:
                     return self._shut_down(thread, list(targets))
-            except CallInterrupted:  # it has ended
+            except CallInterrupted:  # the process has ended
                 continue
             except OSError as error:
                 problem = error
@@ -204,7 +204,7 @@ class Attempt:
     def result(self) -> tuple[list[Target], str]:
         """Return the targets that were shut down, and the problem with the others, if any.
 
-        Call it after :meth:`is_over` has returned True, or wait for the child here.
+        A call before :meth:`is_over` has returned True waits for the child's end.
         """
         try:
             text = b"".join(iter(lambda: os.read(self._output, 1 << 16), b""))
@@ -310,7 +310,8 @@ class Requests:
         try:
             self._sock.sendto(_TARGET.pack(*target), _SEND, _name_of(process))
         except OSError as error:
-            return error.errno == errno.EAGAIN  # it has many requests, and may serve the next one
+            # The supervisor has many requests, and may serve the next one.
+            return error.errno == errno.EAGAIN
         return True
 
     def confirmed(self) -> list[Target]:

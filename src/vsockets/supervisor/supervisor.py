@@ -119,7 +119,7 @@ class Supervisor:
     async def _prepare(self, pid: int, begun: Callable[[OSError | None], None]) -> None:
         numbers: dict[Served, list[int]] = {}
         names: list[str] = []
-        with contextlib.suppress(OSError):  # Yama may forbid it until the program is executed
+        with contextlib.suppress(OSError):  # Yama may forbid reading until the program is executed
             names = os.listdir(f"/proc/{pid}/fd")
         for name in names:
             inode = self._inode_of(pid, int(name))
@@ -316,7 +316,7 @@ class Supervisor:
             self.interceptor.shut_down(inode, insists=True)
 
     def _shut_down(self, target: Target) -> bool:
-        """Shut down a program's end of a stream, which vsockd cannot do itself."""
+        """Shut down a program's end of a stream where vsockd is not allowed to do so."""
         inodes = target.inode, self._sockets.inode_of(target.cookie)
         return any(self.interceptor.shut_down(one, insists=False) for one in inodes if one)
 
@@ -330,7 +330,7 @@ class Supervisor:
                 self._reported_unsupported.add(pid)
                 name = self._processes.executable(pid)
                 text = f"{name}: 32-bit programs are not supported; killed"
-                with contextlib.suppress(OSError):  # it has no standard error
+                with contextlib.suppress(OSError):  # the process has no standard error
                     self._processes.report(pid, text, self.interceptor.duplicate, is_waiting)
             if is_waiting():  # so the pidfd is this process's
                 signal.pidfd_send_signal(pidfd, signal.SIGKILL)

@@ -127,8 +127,8 @@ class Thread(StoppedThread):
         self.process = process
         self.intercepted: StoppedCall | None = None  #: not answered yet
         self.interrupted: Callable[[], None] | None = None  #: set while its call's handler waits
-        self.restarts = False  #: whether a signal may have its call made again
-        self.timer = 0  #: the key of the wait after which it is put to sleep, or 0
+        self.restarts = False  #: whether the kernel makes the call again after a signal
+        self.timer = 0  #: the key of the wait after which the thread is put to sleep, or 0
 
     def may_step(self) -> bool:
         """Return whether the thread's process does not ignore SIGTRAP."""
@@ -155,7 +155,7 @@ class TraceInterceptor:
         self._descriptors = TraceeDescriptors(self._machine, self._injector, self._processes)
         self._threads: dict[int, Thread] = {}
         self._by_process: dict[int, Process] = {}
-        #: Of processes that have been made and have not stopped yet: what their parents have.
+        #: Copies of parents' states for new processes that have not stopped yet, by process id.
         self._inherited: dict[int, Process] = {}
         self._has_begun = False
         self._has_reported_tracing = False
@@ -297,7 +297,7 @@ class TraceInterceptor:
         if thread.place is Place.ASLEEP:
             try:
                 self._injector.rouse(thread)
-            except CallInterrupted:  # it has ended, which is handled in a moment
+            except CallInterrupted:  # the thread has ended, which its wait status reports
                 return False
         thread.interrupted = None
         return True
@@ -341,7 +341,7 @@ class TraceInterceptor:
                     thread = self._threads.get(tid)
                     if thread is not None and self._shut_down(thread, number, inode):
                         return True
-        if found and tries > 1:  # every thread was where it can make no call
+        if found and tries > 1:  # no thread was in a state in which it can make a call
 
             def again(_: bool) -> None:
                 self._try_to_shut_down(inode, tries - 1)
@@ -411,7 +411,8 @@ class TraceInterceptor:
     def _on_call(self, thread: Thread, call: SystemCall) -> None:
         self._injector.stopped_at_call(thread, call)
         if call.mark != TRACE_MARK:
-            # Of a filter of the program's own, which has no tracer: as without a supervisor.
+            # The event is of the program's own filter, which has no tracer: ENOSYS, as without a
+            # supervisor.
             self._injector.answer(thread, -errno.ENOSYS)
         elif self._copies(call):
             self._follow_copy(thread, call)
@@ -446,7 +447,7 @@ class TraceInterceptor:
             pid = thread.number
             name = self._processes.executable(pid)
             text = f"{name}: cannot trace programs of vsock run (try --interceptor notify)"
-            with contextlib.suppress(OSError):  # it has no standard error
+            with contextlib.suppress(OSError):  # the process has no standard error
                 self._processes.report(pid, text, self.duplicate, lambda: True)
         self._injector.answer(thread, -errno.EPERM)
 
@@ -471,7 +472,7 @@ class TraceInterceptor:
         if kind is None or not self._serves_data(thread.number, source):
             injector.let_through(thread)
         elif call.number in (machine.dup2, machine.dup3):
-            # Before: another thread can use it as soon as it is there.
+            # Cover the copy before it exists: another thread can use it at once.
             target = call.arguments[1] & 0x7FFF_FFFF
             code = 0
             if not thread.process.covers(kind, target):

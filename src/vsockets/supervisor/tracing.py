@@ -78,10 +78,10 @@ class Tracee:
         self.number = number
         self.process = process
         self.script: _Script | None = None
-        self.started = False  #: whether the script is
+        self.started = False  #: whether the script has begun
         self.then = _Then.RUN  #: the last value yielded by the script
         self.held: list[int] = []  #: signals to send again after the script
-        #: The call that it has stopped before, or sleeps for.
+        #: The call that the thread has stopped before, or sleeps for.
         self.call: TracedCall | None = None
         self.asleep: Registers | None = None  #: its registers before it was put to sleep
         self.answer: int | None = None  #: the call's result when it wakes
@@ -408,7 +408,7 @@ class Tracer:
         if kind is None or not self._serves_data(thread.number, source):
             return
         if call.number in (machine.dup2, machine.dup3):
-            # Cover it first: another thread can use the copy as soon as it exists.
+            # Cover the copy before it exists: another thread can use it at once.
             target = call.arguments[1] & 0x7FFF_FFFF
             if thread.process.covers(kind, target):
                 return

@@ -53,7 +53,7 @@ _INIT, _NOBODY = 1, 65_534
 class Sendable(Enum):
     """The credentials (SCM_CREDENTIALS) that the kernel lets this process send."""
 
-    OWN = auto()  #: its own alone
+    OWN = auto()  #: its own process, user and group only
     USERS = auto()  #: any user and group, with its own process
     PROCESSES = auto()  #: any process, user and group
 

@@ -120,10 +120,10 @@ class KernelSocket(socket):
 
     @contextlib.contextmanager
     def _options(self) -> Iterator[_socket.socket]:
-        """Yield a socket object with this descriptor whose Python family is not AF_VSOCK.
+        """Yield a socket object for this descriptor with a ``family`` other than AF_VSOCK.
 
-        For AF_VSOCK, CPython supports only options that are 64-bit integers, but the connect
-        timeout is a structure.
+        For AF_VSOCK, CPython supports only options that are 64-bit integers; the connect timeout is
+        a ``struct timeval``.
         """
         same = _raw(stdlib.AF_UNIX, SOCK_STREAM, 0, self.fileno())
         try:

@@ -124,7 +124,7 @@ def files_below(folder: Path) -> Iterator[Path]:
 
 
 def digest(folder: Path) -> str:
-    """Return the SHA-256 of the list of all files' SHA-256 below ``folder``, as of sha256sum(1)."""
+    """Return the SHA-256 of the output of sha256sum(1) for all files below ``folder``, sorted."""
     whole = hashlib.sha256()
     names = {f"./{path.relative_to(folder)}".encode(): path for path in files_below(folder)}
     for name in sorted(names):

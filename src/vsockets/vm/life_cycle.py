@@ -75,7 +75,7 @@ class _Side:
         self._outstanding.append((next(self._numbers), runs))
 
     def complete(self, runs: bool, done: bool) -> None:
-        """Record whether the next request was carried out."""
+        """Record the outcome of the oldest outstanding request: whether it was carried out."""
         request = next(self._done), runs
         # The event of another change may have been taken as its echo.
         if not done and request in self._outstanding:

@@ -113,7 +113,7 @@ class RunningMachine:
             async with contextlib.AsyncExitStack() as stack:
                 stack.enter_context(self._signals())
                 stack.enter_context(ours)
-                # Left after QEMU has ended, when the last of its output has arrived.
+                # This context ends after QEMU, when the last of QEMU's output has arrived.
                 stack.enter_context(console(ours, self._escape))
                 with _short_folder() as folder, theirs:
                     device = await stack.enter_async_context(self._device(folder / "device"))

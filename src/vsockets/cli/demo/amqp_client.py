@@ -39,7 +39,7 @@ def message(queue: str, number: int) -> bytes:
 class Exchange:
     """A client that sends ``count`` messages to one queue and receives as many from another.
 
-    Messages that are not confirmed when a connection ends are sent again by the next one.
+    Messages that are not confirmed when a connection ends are sent again over the next connection.
     """
 
     def __init__(self, port: str, outgoing: str, incoming: str, count: str) -> None:
@@ -145,7 +145,7 @@ def exchange(port: str, outgoing: str, incoming: str, count: str) -> None:
 
 
 def enter(port: str, virtual_host: str) -> None:
-    """Connect to a virtual host, and report the code of its refusal, or 0."""
+    """Connect to a virtual host, and report the reply code if the broker refuses, else 0."""
     try:
         pika.BlockingConnection(parameters(port, virtual_host)).close()
         report(closed=0)

@@ -147,7 +147,7 @@ def _send_files(sender: Program, cid: int, show_progress: bool) -> Step:
 
 
 def judge_datagrams(asked: dict[str, Any], cid: int) -> Step:
-    """Return the report's step about a datagram, whose source the service told the client."""
+    """Return the report's step that compares a datagram's source as received with the true one."""
     source, us = asked["answer"]["source"], asked["us"]
     ok = source == us and us[0] == cid and asked["service"] == [2, SOURCES]
     result = "the host received from {}:{}".format(*source)
@@ -156,7 +156,7 @@ def judge_datagrams(asked: dict[str, Any], cid: int) -> Step:
 
 
 def judge_refusal(code: int, cid: int, other: int) -> Step:
-    """Return the report's step about guest-to-guest connect, which ended with errno ``code``."""
+    """Return the report's step about a connect to another guest; ``code`` is its errno, or 0."""
     result = f"refused: {errno.errorcode.get(code, code)} ({os.strerror(code)})"
     ok = code == errno.EHOSTUNREACH
     return Step(

@@ -232,7 +232,7 @@ def _perform(action: Callable[[Control], dict[str, Any]]) -> dict[str, Any]:
 
 
 def _read_action(body: bytes) -> Callable[[Control], dict[str, Any]]:
-    """Return the request to vsockd, which checks the values.
+    """Return a function that sends the requested action to vsockd, which checks its values.
 
     Raises BadAction if the body is invalid.
     """

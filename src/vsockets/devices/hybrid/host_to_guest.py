@@ -47,7 +47,7 @@ class Connector:
     def __init__(
         self, loop: DeviceLoop, path: str, port: int | None, wait: float, done: Done
     ) -> None:
-        """Prepare a connect to the unix socket ``path``; without a ``port``, no handshake."""
+        """Prepare to connect to the unix socket ``path``; a ``port`` is requested by handshake."""
         self._loop = loop
         self._path = path
         self._port = port

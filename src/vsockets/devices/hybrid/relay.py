@@ -1,9 +1,9 @@
 """Relay of streams to unix sockets: ``python -m vsockets.devices.hybrid.relay NAME FOLDER USER``.
 
-vsockd starts the relay for a guest whose host is served by unix sockets, one for each port, with
-names that begin with NAME.  FOLDER is the number of a descriptor of their folder, standard input is
-the link to vsockd.  The relay receives streams to ports of the host and splices each to the unix
-socket of its port, with the credentials of USER (a user id).
+vsockd starts the relay for a guest that may connect to unix sockets in place of ports of the host:
+one for each port, with names that begin with NAME.  FOLDER is the number of a descriptor of their
+folder, standard input is the link to vsockd.  The relay receives streams to ports of the host and
+splices each to the unix socket of its port, with the credentials of USER (a user id).
 """
 
 from __future__ import annotations

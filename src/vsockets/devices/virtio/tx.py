@@ -200,7 +200,7 @@ class TransmitQueue:
                             continue
                     receiver.mark_dirty(connection)
                     continue
-            if batched is not None:  # in order of arrival
+            if batched is not None:  # earlier payload is forwarded before this packet
                 batched.forward(views, length)
                 receiver.mark_dirty(batched)
                 batched, views, length = None, [], 0

@@ -46,7 +46,7 @@ class Sockets(Protocol):
     def receive(self, peer: int, packet: Packet) -> int:
         """Handle a control packet from the guest to the context ``peer``.
 
-        Return a :class:`.Code`, or the number of bytes sent.
+        Return the result for the guest: a number of bytes, or a negative :class:`.Code`.
         """
 
     def send_datagram(self, port: int, destination: tuple[int, int], payload: bytes) -> int:

@@ -90,7 +90,7 @@ async def connect(call: Call, endpoint: Endpoint) -> Answer:  # noqa: C901 - the
         # A program that does not wait cannot be told that connecting has not begun: fail instead.
         seconds = 0 if polls else endpoint.connect_timeout
         await _attach(call, endpoint, sock, seconds)
-        _require_connectable(endpoint)  # another thread may have come first
+        _require_connectable(endpoint)  # another thread may have connected the socket meanwhile
         _send(endpoint, sock, peer, polls, call.credentials())
         if polls:
             if not await _wait(endpoint, sock, SUPERVISOR_CONNECT_GRACE_SECONDS, polls):

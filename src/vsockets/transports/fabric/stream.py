@@ -59,7 +59,7 @@ class FabricSocket(socket):
     @property
     def _fabric(self) -> Attachment:
         handle = self._attachment or self._context
-        assert isinstance(handle, Attachment)  # the class was chosen by it
+        assert isinstance(handle, Attachment)  # this class is chosen for an Attachment only
         return handle
 
 
@@ -96,7 +96,7 @@ class StreamSocket(FabricSocket):
         if self._phase not in (_BOUND, _LISTENING):
             raise error(errno.EINVAL, "bind the socket first")
         request = client.listen(max(0, backlog), self._buffers)
-        allow_descriptors(self)  # a failed connect may have refused them
+        allow_descriptors(self)  # a failed connect may have made the socket refuse descriptors
         if self._named and self._phase is _LISTENING:
             _raw.listen(self, backlog)
         elif self._phase is _LISTENING:
