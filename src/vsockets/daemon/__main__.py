@@ -112,7 +112,7 @@ def main() -> int:
 
 
 def _successor(arguments: argparse.Namespace) -> list[str]:
-    """Return the command of a vsockd that takes over from this one, without the last argument."""
+    """Return the command that starts a successor, to be completed by a descriptor's number."""
     command = [sys.executable, "-P", "-m", "vsockets.daemon"]
     command += ["--dir", str(arguments.dir.absolute()), "--log-format", arguments.log_format]
     command += ["--log-level", arguments.log_level]

@@ -427,7 +427,8 @@ class Broker:
                 raise ProtocolError("invalid secret of a named socket")
             require_unreserved(sock.fileno())
             moved = channel.moved
-            if moved is not None and channel.endpoint is None:  # a CONNECT took it and was refused
+            # A refused CONNECT has taken the endpoint.
+            if moved is not None and channel.endpoint is None:
                 channel.endpoint, moved.endpoint = moved.endpoint, None
             endpoint, listener = channel.endpoint, channel.listener
             if endpoint is None:
@@ -458,7 +459,7 @@ class Broker:
     def _listen(self, channel: Channel, request: Request) -> bool:
         if channel.endpoint is None:
             raise Refused(errno.EINVAL, "the socket is not bound")
-        # A listening socket receives announcements, and would take the reply for one.
+        # A listening socket receives announcements, and would take the reply for an announcement.
         silent = channel.endpoint.listening and isinstance(channel.listener, AnnouncedListener)
         if channel.listener is None:
             channel.listener = channel.endpoint.handle = AnnouncedListener(channel)
@@ -533,7 +534,7 @@ class Broker:
         """Move the endpoint of a named socket to ``channel``, a connection of the same socket."""
         holder = self._holders.get(secret)
         if holder is not None and holder.moved is channel and channel.endpoint is not None:
-            return  # an earlier CONNECT, which was refused, has moved it
+            return  # an earlier CONNECT, which was refused, has moved the endpoint
         if holder is None or holder.context is not channel.context or holder.endpoint is None:
             raise Refused(errno.EINVAL, "the socket is not bound")
         if holder.endpoint.listening or channel.endpoint is not None:
@@ -549,7 +550,7 @@ class Broker:
         if connection.size != STREAM_BUFFER_DEFAULT_BYTES:
             sock.setsockopt(SOL_SOCKET, SO_SNDBUF, min(connection.size, SEND_BUFFER_MAX_BYTES))
         if channel.kind is _SEQPACKET and not target.marks_records:
-            refuse_descriptors(sock)  # those of a stream have been refused since it was made
+            refuse_descriptors(sock)  # a stream refuses descriptors from its creation on
         # The reply goes first: once the listening program has the descriptor, it may write.
         channel.send(encode_connecting(connection))
         if request.flags or channel.kind is _SEQPACKET:
@@ -568,7 +569,8 @@ class Broker:
                 if not self._unannounced:
                     self._loop.call_later(DAEMON_ANNOUNCE_RETRY_SECONDS, self._announce_later)
                 self._unannounced[target] = None
-                self._cannot_send |= error.errno != errno.EAGAIN  # EAGAIN concerns this one only
+                # EAGAIN concerns this listener only
+                self._cannot_send |= error.errno != errno.EAGAIN
             else:
                 self.fabric.end(connection.number)
                 self._drop_listener(target)

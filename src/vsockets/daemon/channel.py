@@ -173,7 +173,7 @@ class Channel(Peer):
     def close(self) -> None:
         """Close the socket, and with it descriptors in requests that have not been read."""
         if HAS_PASSRIGHTS and self.kind is _STREAM and not self.is_device and not self.last_device:
-            self.sock.close()  # the kernel has let it have no descriptors
+            self.sock.close()  # its receive queue has no descriptors: the kernel refused them
         else:
             close_socket(self.sock, self.party)
 
@@ -276,7 +276,7 @@ class Listener:
         raise NotImplementedError
 
     def announce(self, record: bytes, fd: int, party: Party) -> None:
-        """Send the program a new connection of ``party``, and its record.
+        """Send the program the record and the descriptor of a new connection, opened by ``party``.
 
         Raises OSError when it cannot be sent.
         """
@@ -344,7 +344,7 @@ def send_descriptor(sock: _socket.socket, record: bytes, fd: int) -> None:
 
 
 def consume(channel: Channel, polling: bool) -> None:
-    """Read the rest of a request, which lets its sender's poll report writable."""
+    """Remove a parsed request's bytes from the socket; the client then polls as writable again."""
     try:
         if channel.kind is _SEQPACKET:  # the request was peeked at: this reads all of it
             begin = _now()
@@ -353,7 +353,7 @@ def consume(channel: Channel, polling: bool) -> None:
         elif polling:  # request and padding were one write, so the padding has arrived
             channel.sock.recv(len(PADDING), READ)
     except (BlockingIOError, ConnectionError):
-        pass  # nothing was left, it was read with a descriptor, or the client has closed
+        pass  # nothing is unread, as after a request with a descriptor, or the client has closed
 
 
 def close_socket(sock: _socket.socket, party: Party) -> None:

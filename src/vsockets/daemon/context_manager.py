@@ -67,7 +67,8 @@ class Trash:
         self._path = path
         # Random, to differ from names of an earlier vsockd that may still be in the folder.
         self._prefix = secrets.token_hex(8)
-        self._numbers = count()  # next() of it is safe in two threads, of a generator not
+        # Next(count()) is safe in two threads; next() of a generator is not.
+        self._numbers = count()
         self._wanted = threading.Event()
         self._thread: threading.Thread | None = None
         self._begun = False
@@ -126,7 +127,8 @@ class Trash:
             os.fchmod(folder, 0o700)
             with os.scandir(folder) as entries:
                 for entry in entries:
-                    with contextlib.suppress(OSError):  # rmdir then fails and is reported
+                    # Rmdir below then fails, and that is reported.
+                    with contextlib.suppress(OSError):
                         if entry.is_dir(follow_symlinks=False):
                             name = self._new_path()
                             os.rename(entry.name, name, src_dir_fd=folder)
@@ -193,7 +195,7 @@ class ContextListeners:
     def _create(self, loop: EventLoop, broker: Broker, context: Context) -> None:
         folder, trash = self._folder, self._trash
         is_host = context.cid == VMADDR_CID_HOST
-        if folder.is_dir():  # an earlier context's, which could not be removed
+        if folder.is_dir():  # an earlier context's folder, which could not be removed
             trash.discard(folder)
         folder.mkdir(mode=0o700)
         try:

@@ -132,9 +132,9 @@ class Peer:
 
     @contextlib.contextmanager
     def _folder(self) -> Iterator[str]:
-        """Yield the process's ``/proc`` folder.
+        """Yield the path of the process's folder in ``/proc``.
 
-        Raises OSError unless the process existed all the time.
+        Raises OSError if the process has exited by the end of the with block.
         """
         pid = self.credentials.pid
         if pid <= 0:
@@ -198,7 +198,7 @@ class Deputy:
         )
 
     def has_capability(self, capability: int) -> bool:
-        """Return whether both have ``capability`` now, each by its own right."""
+        """Return whether both processes have ``capability`` now, each by its own right."""
         return self._connected.has_capability(capability) and self._author.has_capability(
             capability
         )

@@ -56,7 +56,7 @@ _OLDEST = 8
 
 
 def _route_bytes_max() -> int:
-    """Return the most unread bytes a socket can have, as the kernel accounts: twice wmem_max."""
+    """Return the limit of a socket's unread bytes, as the kernel accounts them: twice wmem_max."""
     try:
         return 2 * int(Path("/proc/sys/net/core/wmem_max").read_text())
     except (OSError, ValueError):
@@ -143,7 +143,7 @@ class DatagramQuota:
         return list(self._draining)
 
     def drain(self, sock: _socket.socket) -> None:
-        """Count a route that was revoked earlier until its datagrams are read."""
+        """Count the unread datagrams of ``sock``, a route that an earlier vsockd has revoked."""
         Route(sock, DatagramSocket("", -1, self), (0, 0), {}).revoke()
 
     @property
@@ -201,7 +201,7 @@ class DatagramQuota:
             if not self._party.has_all_routes:
                 return
             if self._limited and unread_bytes(route.sock.fileno()):
-                self._routes[route] = self._routes.pop(route)  # move it to the youngest
+                self._routes[route] = self._routes.pop(route)  # the route is now among the youngest
             else:
                 route.revoke()
 
@@ -231,7 +231,7 @@ class DatagramQuota:
         return self._limited and self._queued > self._limit
 
     def reclaim(self) -> None:
-        """Measure some of the routes with unread bytes, of which some may have been read."""
+        """Measure some of the routes with unread bytes: programs may have read these meanwhile."""
         for route in list(islice(self._unread, _ROUTES_PER_STEP)):
             self._measure(route)
 
@@ -243,7 +243,7 @@ class DatagramQuota:
 
     def _measure(self, route: Route) -> None:
         if route.sock.fileno() < 0:
-            return  # it was closed since the previous step
+            return  # the route was closed since the previous step
         queued = unread_bytes(route.sock.fileno())
         self._queued += queued - route.queued
         route.queued = queued

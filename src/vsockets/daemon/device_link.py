@@ -150,7 +150,7 @@ class HostPorts:
                 except BlockingIOError:
                     break
                 except OSError:
-                    return  # closed; the link's reader notices
+                    return  # the link is closed: its reader gets end of file
                 self.reported ^= {port}
             del self._unchecked[port]
         if self._link_full != bool(self._unchecked):
@@ -283,7 +283,7 @@ class HandoffLink:
             self.close()
 
     def _admit(self, fd: int, data: bytes) -> None:
-        """Handle ``fd``, which came over the link with ``data``; ``data`` is not a report."""
+        """Handle a descriptor received over the link with ``data``, which is a request or empty."""
         self._close_unwanted(fd)
 
     def _close_unwanted(self, fd: int) -> None:
@@ -301,7 +301,7 @@ class HandoffLink:
             self._count_all(moved, now)
             return
         peer = request.peer_cid, request.peer_port
-        with contextlib.suppress(Refused):  # it has ended
+        with contextlib.suppress(Refused):  # the connection has ended
             stream = self._broker.fabric.find_connection(local, peer)
             report_bytes(stream, moved if stream.local == local else moved.reversed(), now)
 

@@ -1,4 +1,4 @@
-"""The form in which one vsockd hands over what it has to the next one.
+"""The form in which a vsockd hands over its state to its successor.
 
 Values are numbers, strings, tuples, lists and dicts of them, and no objects of classes, which the
 next release may have changed.  A descriptor is its position among those that are sent beside them.
@@ -236,7 +236,7 @@ def save_endpoint(writer: Writer, endpoint: Endpoint) -> Saved:
 
 
 def restore_endpoint(reader: Reader, saved: Saved) -> Endpoint:
-    """Return an endpoint from plain values, after it got its port again."""
+    """Restore an endpoint from plain values, with its port and its cookie, and return it."""
     trust, context = saved["trust"], reader.context(saved["context"])
     endpoint = Endpoint(
         EndpointKind(saved["kind"]),
@@ -289,7 +289,7 @@ def save_connections(writer: Writer, connections: Iterable[Connection]) -> list[
 
 
 def restore_connections(reader: Reader, saved: list[Any]) -> list[Connection]:
-    """Return connections; each has its port again if it had one."""
+    """Restore connections from tuples, with the ports and cookies that they had; return them."""
     endpoints, groups = reader.endpoints, reader.groups
     # Most have these in common.
     sizes_of = functools.cache(lambda sizes: BufferSizes(*sizes))

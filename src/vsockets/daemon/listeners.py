@@ -156,7 +156,7 @@ class NamedListener(Listener):
                 self._idle_token = token  # the program has accepted it and waits for the record
                 raise
             token.close()
-            if was_idle:  # the program has closed that token
+            if was_idle:  # the program has closed the idle token
                 self.announce(record, fd, party)
                 return
             raise

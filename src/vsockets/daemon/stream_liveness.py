@@ -55,7 +55,7 @@ class Group:
         #: registered sockets at the last check, including those of ended streams that some
         #: process still has open
         self.registered = 0
-        self.inodes: list[int] = []  #: as of the last check
+        self.inodes: list[int] = []  #: inodes of the accepting ends at the last check
 
     def add(self, fd: int, number: int) -> None:
         """Register the stream that ``fd`` is one end of."""

@@ -123,7 +123,7 @@ class Disconnector:
         refused: set[int] = set()
         yield from self._search_all({alive[number]: number for number in self._remaining}, refused)
         yield from self._await_supervisors()
-        self._forget_ended()  # programs have closed some meanwhile
+        self._forget_ended()  # programs have closed some of the streams meanwhile
         for number, one in self._remaining.items():
             owners = refused & _owners(one)
             if owners:
@@ -186,7 +186,8 @@ class Disconnector:
                     number = by_inode[inode]
                     try:
                         with duplicate(pidfd, fd) as sock:
-                            if os.fstat(sock.fileno()).st_ino == inode:  # fd may be another by now
+                            # The number may be another socket's by now.
+                            if os.fstat(sock.fileno()).st_ino == inode:
                                 sock.shutdown(SHUT_RDWR)
                                 by_inode.pop(inode, None)
                                 self._end(number)
@@ -267,7 +268,7 @@ class Disconnector:
         self._ask({tracer} if tracer else {pid, *owners}, targets)
 
     def _ask(self, supervisors: Iterable[int], targets: dict[Target, int]) -> None:
-        """Ask the supervisors among some processes to shut down ``targets``."""
+        """Ask the processes ``supervisors``, as far as they are such, to shut down ``targets``."""
         from ..supervisor.remote_shutdown import Requests  # rarely needed
 
         if self._requests is None:
@@ -283,7 +284,7 @@ class Disconnector:
         while self._asked and monotonic() < self._wait_until:
             assert self._requests is not None
             if not select.select([self._requests], [], [], _ASK_AGAIN_SECONDS)[0]:
-                # The program was where it cannot be made to do it.
+                # The supervisor could not make the program shut down the stream at that moment.
                 for target, (_, supervisor) in self._asked.items():
                     self._requests.send(supervisor, target)
             self._take_confirmations()
@@ -298,7 +299,7 @@ class Disconnector:
 
 
 def _owners(connection: Connection) -> set[int]:
-    """Return the processes that have asked vsockd for the two ends."""
+    """Return the ids of the processes that requested the connecting and the listening socket."""
     return {connection.owner.pid, connection.listener.owner.pid}
 
 

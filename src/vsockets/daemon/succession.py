@@ -1,6 +1,6 @@
-"""Replacing vsockd while it serves: everything it has goes to another process.
+"""Replacement of vsockd while it serves: another process takes over its whole state.
 
-The vsockd in office starts its successor, with a socket between the two::
+The running vsockd starts its successor, with a socket between the two::
 
     successor                              predecessor
       starts, imports, reads the configuration
@@ -56,8 +56,8 @@ from .hybrid_listener import HybridChannel, Relay
 
 log = logging.getLogger(__name__)
 
-#: The format of the state.  A successor takes over this one and, if it ever changes, also the one
-#: of the release before.
+#: The format of the state.  A successor takes over this format and, if it ever changes, also that
+#: of the previous release.
 FORMAT = 1
 
 #: Of Python 3.8 and later.  (JSON takes five times as long, and requests wait meanwhile.)
@@ -184,9 +184,9 @@ class Successor:
     ) -> None:
         """Start ``command``, whose last argument becomes the number of its socket.
 
-        ``hand_over`` is called when it is ready, and returns the state and the descriptors.
-        ``ended`` is called at the end: with "", if the process has taken over, else with the
-        reason why not.
+        ``hand_over`` is called when the successor is ready, and returns the state and the
+        descriptors.  ``ended`` is called at the end: with "", if the process has taken over, else
+        with the reason why not.
 
         Raises OSError when it cannot be started.
         """
@@ -333,7 +333,7 @@ def wait_for_successors(folder: Path, is_stopping: bool) -> int:
     """
     expected = {*FORWARDED, signal.SIGCHLD}
     signal.pthread_sigmask(signal.SIG_BLOCK, expected)
-    ending = int(signal.SIGTERM) if is_stopping else 0  # the signal to send to each that serves
+    ending = int(signal.SIGTERM) if is_stopping else 0  # the signal to send to each serving vsockd
     is_reloading = False
     asked = result = 0
     while True:
@@ -348,7 +348,7 @@ def wait_for_successors(folder: Path, is_stopping: bool) -> int:
         if ending and pid and pid != asked:
             os.kill(pid, ending)
             asked = pid
-        # While one takes over, its name in the lock file has to be awaited.
+        # While a successor takes over, its process id in the lock file has to be awaited.
         came = signal.sigtimedwait(expected, 0.1 if ending or is_reloading else 3600)
         if came is None or came.si_signo == signal.SIGCHLD:
             continue

@@ -121,7 +121,7 @@ class Vsockd:
         """Prepare to serve in the state folder ``folder``, and lock it.
 
         ``relay`` is the command that starts the hybrid relay, ``successor`` the one of
-        :class:`.succession.Successor`.  With a ``predecessor``, take over what it has.
+        :class:`.succession.Successor`.  With a ``predecessor``, take over its state.
 
         Raises AlreadyRunning, ConfigurationError, OtherwiseStarted, or OSError if the folder cannot
         be used.
@@ -135,10 +135,11 @@ class Vsockd:
         self._is_lost = False
         self._command = successor
         self._successor: Successor | None = None
-        self._replacing: list[Callable[[str], None]] = []  # to be called if it cannot take over
+        # To be called if the successor cannot take over.
+        self._replacing: list[Callable[[str], None]] = []
         self._predecessor = predecessor
         self.is_replaced = False  #: whether a successor serves instead
-        self.is_stopping = False  #: whether it is to end, or its successor is
+        self.is_stopping = False  #: whether vsockd, or its successor, is to end
         self._lifeline: int | None = None
         if predecessor is None:
             self._held = held = self._open_folder(start)
@@ -269,7 +270,8 @@ class Vsockd:
                 self._watch_folder()
                 announce_ready()
                 self.loop.run()
-                # Another one, of a service manager that signals all processes, must not end it.
+                # A further signal, of a service manager that signals all processes, must not end
+                # the cleanup.
                 signal.pthread_sigmask(signal.SIG_BLOCK, FORWARDED)
         finally:
             if not self.is_replaced:
@@ -322,7 +324,7 @@ class Vsockd:
             self._watch = FolderWatch(self.loop, self._held, _NEEDED, self._end_if_lost)
         except OSError as error:  # for example, the user's limit of inotify instances (128)
             log.warning("cannot notice a removal of %s: %s", self.folder, error.strerror)
-        self._end_if_lost()  # it may have been moved while no vsockd watched it
+        self._end_if_lost()  # the folder may have been moved while no vsockd watched it
 
     def _end_if_lost(self) -> None:
         """Stop serving if the state folder was moved or lost a file: no program could connect."""

@@ -2,8 +2,8 @@
 
 The peer gets an errno only; the administrator gets the details here.  A party (a guest, or a user
 of the host) can cause denials as fast as it sends requests, so only a limited number per second is
-logged for each party; its next line says how many were left out.  All are counted in
-``Context.counts``.
+logged for each party; the party's next line has the number of denials left out.  All denials are
+counted in ``Context.counts``.
 """
 
 from __future__ import annotations

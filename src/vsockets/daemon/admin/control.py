@@ -331,7 +331,7 @@ class ControlSession:
         except BlockingIOError:
             self._missed += 1
         except OSError:
-            pass  # closed; the reader notices
+            pass  # the connection is closed: its reader gets end of file
         else:
             self._missed = 0
 

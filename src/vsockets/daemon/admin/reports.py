@@ -16,7 +16,7 @@ from ..datagrams import Traffic
 
 
 def status(broker: Broker) -> dict[str, Any]:
-    """Return totals over all contexts."""
+    """Return the totals of contexts, sockets, streams, refusals and denials, as numbers by name."""
     broker.refresh()
     fabric = broker.fabric
     total = Counts()
