@@ -19,6 +19,7 @@ from vsockets import (
     SO_VM_SOCKETS_BUFFER_MAX_SIZE,
     SO_VM_SOCKETS_BUFFER_SIZE,
     VMADDR_CID_ANY,
+    VMADDR_PORT_ANY,
     Attachment,
 )
 from vsockets.protocol import RECORD_SIZE, Op, Record, Request, RequestFlag, Role, decode_route
@@ -316,6 +317,61 @@ def test_a_reused_port_waits_for_the_outcome_of_its_last_connect(
     third.close()
     stream.close()
     second.close()
+
+
+def test_a_port_is_not_assigned_while_its_last_connect_has_no_outcome(
+    private_fabric: PrivateFabric, device: Device
+) -> None:
+    """The report on the last connect would be taken for one on the next."""
+    with vsockets.socket(AF_VSOCK, socket.SOCK_STREAM, context=private_fabric.host) as last:
+        last.bind((2, VMADDR_PORT_ANY))
+        following = last.getsockname()[1] + 1
+    first = vsockets.socket(AF_VSOCK, socket.SOCK_STREAM, context=private_fabric.host)
+    first.bind((2, following))
+    with _connecting(first, device.cid, False) as connected:
+        earlier, stream = device.offer()
+        private_fabric.control.migrate(device.cid)
+        stream.close()
+        assert connected() != 0
+    first.close()
+    second = vsockets.socket(AF_VSOCK, socket.SOCK_STREAM, context=private_fabric.host)
+    with _connecting(second, device.cid, False) as connected:
+        offer, stream = device.offer()
+        assert offer.peer[1] not in (following, VMADDR_PORT_ANY)
+        device.settle(earlier, errno.ECONNRESET)
+        stream.send(Record(0, 0, *offer.peer, *offer.local, Role.CONNECTED, 0, 0, 0).encode())
+        device.settle(offer)
+        assert connected() == 0
+    stream.close()
+    second.close()
+    context = next(row for row in private_fabric.control.contexts() if row["cid"] == 2)
+    assert context["usage"]["pending_connects"] == 0
+
+
+def test_a_connect_that_a_full_link_refuses_leaves_the_socket_bound(
+    private_fabric: PrivateFabric, device: Device
+) -> None:
+    sock = vsockets.socket(AF_VSOCK, socket.SOCK_STREAM, context=private_fabric.host)
+    sock.bind((2, 6000))
+    waiting: list[vsockets.socket] = []
+    while not select.select([], waiting, [], 0)[1]:  # the device reads nothing
+        other = vsockets.socket(AF_VSOCK, socket.SOCK_STREAM, context=private_fabric.host)
+        waiting.append(other)
+        other.setblocking(False)
+        assert other.connect_ex((device.cid, 80)) == errno.EINPROGRESS
+    assert sock.connect_ex((device.cid, 80)) == errno.ENOBUFS
+    assert sock.getsockname() == (2, 6000)
+    held = [row for row in private_fabric.control.sockets() if row["port"] == 6000]
+    assert [row["state"] for row in held] == ["bound"]
+    for other in waiting:
+        other.close()
+    while select.select([device.link], [], [], 0)[0]:
+        device.offer()[1].close()
+    with _connecting(sock, device.cid, False) as connected:
+        _, stream = device.accept()
+        assert connected() == 0 and sock.getsockname() == (2, 6000)
+    stream.close()
+    sock.close()
 
 
 def _binds(sock: vsockets.socket, port: int) -> bool:

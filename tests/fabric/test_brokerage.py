@@ -16,6 +16,7 @@ from vsockets.fabric import (
     Fabric,
     Refused,
 )
+from vsockets.fabric.model import Ports
 from vsockets.model.buffers import BufferSizes
 from vsockets.model.constants import VMADDR_CID_LOCAL
 
@@ -447,3 +448,14 @@ def test_device_settles_a_connect_from_the_local_cid(size: int) -> None:
     connection = fabric.connect(guest, listener, bound, BufferSizes(), ME.credentials)
     assert fabric.complete_pending(guest, 80, connection.local, size)
     assert (connection.number in fabric.connections) is (size > 0)
+
+
+def test_an_assigned_port_is_neither_held_nor_reserved() -> None:
+    ports: Ports[int] = Ports()
+    ports.following = first = 4_294_967_293
+    ports.claim(first, 1)
+    assert ports.find_ephemeral(lambda port: port == first + 1) == 1024
+    assert ports.next_ephemeral() == 1024
+    with pytest.raises(Refused) as refused:
+        ports.find_ephemeral(lambda _: True)
+    assert refused.value.errno == errno.EADDRNOTAVAIL

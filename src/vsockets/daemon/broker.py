@@ -504,8 +504,8 @@ class Broker:
         if not target.has_room():
             self._drop_if_closed(target)
             raise Refused(errno.ECONNRESET, f"the backlog of {listener.address} is full")
-        if isinstance(target, HandoffLink) and target.is_settling(request.peer_port, bound):
-            raise Refused(errno.ECONNRESET, "the device has not settled the port's last connect")
+        if isinstance(target, HandoffLink):
+            target.require_settled(request.peer_port, context, bound)
         if self._unannounced:
             self._require_announceable(channel, target)
         connection = fabric.connect(
@@ -517,7 +517,7 @@ class Broker:
             else:
                 connection.watch = self.streams.add(sock.fileno(), connection.number)
         except OSError as error:  # out of memory, or of epoll registrations (epoll(7))
-            fabric.end(connection.number)
+            self._abandon(channel, connection)
             raise Refused(errno.ENOBUFS, f"cannot watch the stream: {error.strerror}") from None
         if isinstance(target, HandoffLink):
             self._offer(channel, request, connection, target)
@@ -591,11 +591,15 @@ class Broker:
         try:
             target.hand_over(record, channel)
         except OSError as error:
-            reason = f"connection to {connection.peer} is lost: {error.strerror}"
-            self._log(logging.WARNING, channel, reason)
-            self.fabric.end(connection.number)
+            self._abandon(channel, connection)
             code = errno.ENOBUFS if error.errno in SHORTAGE else errno.ECONNRESET
-            self._reply(channel, request, Record(code).encode())
+            raise Refused(code, f"the device cannot be asked: {error.strerror}") from None
+
+    def _abandon(self, channel: Channel, connection: Connection) -> None:
+        """End a connection that its client is refused; a bound socket gets its port back."""
+        self.fabric.end(connection.number)
+        if channel.endpoint is not None:
+            self.fabric.rebind(channel.endpoint)
 
     def _announce_later(self) -> None:
         """Announce connections that could not be announced when they were made."""

@@ -242,14 +242,22 @@ class HandoffLink:
         """Return whether another connection may be pending."""
         return len(self._pending) < LISTEN_BACKLOG_MAX
 
-    def is_settling(self, port: int, bound: Endpoint | None) -> bool:
-        """Return whether the device has yet to report on a connect from ``bound`` to ``port``.
+    def require_settled(self, port: int, context: Context, bound: Endpoint | None) -> None:
+        """Have a connect to ``port`` come from an address without a pending connect to it.
 
-        The client of that connect has closed, or a change of state has ended it.  The device's
-        report has addresses only, and would be taken for one on the next connect.  An ephemeral
-        port is not reused that soon.
+        The client of that connect has closed, or a change of state has ended it, and the device has
+        yet to report on it.  The report has addresses only, and would be taken for one on the next
+        connect.  A socket without an address gets a port that is free in this sense, too.
+
+        Raises Refused with ECONNRESET if ``bound`` has the address, and with EADDRNOTAVAIL if no
+        port of ``context`` is free.
         """
-        return bound is not None and (port, *bound.address) in self._pending
+        pending = self._pending
+        if bound is None:
+            cid = context.cid
+            context.connected.find_ephemeral(lambda own: (port, cid, own) in pending)
+        elif (port, *bound.address) in pending:
+            raise Refused(errno.ECONNRESET, "the device has not settled the port's last connect")
 
     def recount_pending(self) -> None:
         """Do nothing: the device reports each outcome, so there is nothing to recount."""

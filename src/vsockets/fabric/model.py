@@ -104,15 +104,18 @@ class Ports(dict[int, Holder]):
         self.following = _after(port)
         return port
 
-    def find_ephemeral(self) -> int:
+    def find_ephemeral(self, is_reserved: Callable[[int], bool] | None = None) -> int:
         """Return the port that :meth:`next_ephemeral` returns next.
+
+        Ports for which ``is_reserved`` returns True are skipped, as held ones are.
 
         Raises Refused as :meth:`next_ephemeral`.
         """
         for _ in range(EPHEMERAL_PORT_TRIES_MAX):
-            if self.following not in self:
-                return self.following
-            self.following = _after(self.following)
+            port = self.following
+            if port not in self and (is_reserved is None or not is_reserved(port)):
+                return port
+            self.following = _after(port)
         raise Refused(
             errno.EADDRNOTAVAIL, f"{EPHEMERAL_PORT_TRIES_MAX} consecutive ports are in use"
         )
