@@ -1,4 +1,4 @@
-"""``python -m simulation [--seeds N] [--seed S] [--steps K]``; see docs/internals/simulation.md."""
+"""``python -m simulation [--seeds N]``; see docs/internals/simulation.md."""
 
 from __future__ import annotations
 
@@ -15,16 +15,19 @@ from .virtio_world import VirtioWorld
 WORLDS: tuple[type[World], ...] = (FabricWorld, VirtioWorld)
 
 
-def main() -> int:
+def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="simulation", description=__doc__)
     parser.add_argument("--seeds", type=int, default=1000, help="number of seeds (default: 1000)")
     parser.add_argument("--seed", type=int, help="run this seed alone")
     parser.add_argument("--steps", type=int, default=300, help="steps of a seed (default: 300)")
-    options = parser.parse_args()
+    names = [world.__name__ for world in WORLDS]
+    parser.add_argument("--world", choices=names, help="run this world alone (default: all)")
+    options = parser.parse_args(arguments)
     seeds = range(options.seeds) if options.seed is None else [options.seed]
+    worlds = [world for world in WORLDS if options.world in (None, world.__name__)]
     started, taken, faults = monotonic(), Counter[str](), 0
     for seed in seeds:
-        for world in WORLDS:
+        for world in worlds:
             try:
                 done = simulate(world, seed, options.steps)
             except Failure as failure:

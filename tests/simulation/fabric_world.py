@@ -226,7 +226,9 @@ class FabricWorld(World):
             for cid, port in [one.address]
         ]
         devices = [(link.machine.cid, 7000) for link in self.links if link.is_open]
-        if channel.address and channel.address[0] == LOCAL:
+        if datagram:
+            devices = []
+        elif channel.address and channel.address[0] == LOCAL:
             devices = [(LOCAL, 7000)]  # of its own machine, if that has a device
         others = [(cid, 5000) for cid in (*self.machines, LOCAL, 99)]
         if channel.address and devices:
@@ -350,8 +352,8 @@ class FabricWorld(World):
                 raise Refused(errno.ECONNRESET, "backlog full")
         elif not target.is_open or not target.process.alive or len(target.offers) > 2:
             raise Refused(errno.ECONNRESET, "the link is full")
-        elif self._is_settling(target, request.peer_port, bound):
-            raise Refused(errno.ECONNRESET, "an earlier connect from the address is pending")
+        else:
+            self._require_settled(target, request.peer_port, context, bound)
         connection = fabric.connect(
             context, listener, bound, request.sizes(), process.credentials, request.cookie
         )
@@ -379,8 +381,13 @@ class FabricWorld(World):
         target.reply(encode_accepting(connection), stream)
 
     @staticmethod
-    def _is_settling(link: SimulatedLink, port: int, bound: Endpoint | None) -> bool:
-        return bound is not None and (port, *bound.address) in link.pending
+    def _require_settled(
+        link: SimulatedLink, port: int, context: Context, bound: Endpoint | None
+    ) -> None:
+        if bound is None:
+            context.connected.find_ephemeral(lambda own: (port, context.cid, own) in link.pending)
+        elif (port, *bound.address) in link.pending:
+            raise Refused(errno.ECONNRESET, "an earlier connect from the address is pending")
 
     def do_reuse(self, chance: Random) -> None:
         """A client of a pending connect closes; another program binds its port and connects."""
@@ -494,13 +501,14 @@ class FabricWorld(World):
         assert channel.machine.state == "running", "a suspended machine sends"
         assert channel.address is not None
         if len(route[1].datagrams) < 10:
-            route[1].datagrams.append((route[0], channel.address))
+            route[1].datagrams.append((route[0], channel.address, channel.machine))
 
     def do_receive(self, chance: Random) -> None:
         channel = pick(chance, [one for one in self._open() if one.datagrams])
         if channel is not None:
-            name, source = channel.datagrams.popleft()
+            name, source, sender = channel.datagrams.popleft()
             assert decode_source(name) == source, "wrong source"
+            assert source[0] != LOCAL or sender is channel.machine, "a local source of another"
 
     # Devices
 
@@ -652,8 +660,6 @@ class FabricWorld(World):
 
     def do_wrap(self, chance: Random) -> None:
         """As if four billion ports had been assigned: ports are reused."""
-        if any(link.pending for link in self.links):
-            return  # connects are settled by then
         for context in self.fabric.contexts:
             self._narrow(context)
 

@@ -70,8 +70,8 @@ class SimulatedChannel:
     program: Program | None = None  #: its process, at the time of the bind
     #: routes of a datagram socket: its name and destination, by destination address
     routes: dict[tuple[int, int], tuple[bytes, SimulatedChannel]] = field(default_factory=dict)
-    #: unread datagrams: the name of the route, and the true source
-    datagrams: deque[tuple[bytes, tuple[int, int]]] = field(default_factory=deque)
+    #: unread datagrams: the name of the route, the true source, and its machine
+    datagrams: deque[tuple[bytes, tuple[int, int], Machine]] = field(default_factory=deque)
 
     @property
     def machine(self) -> Machine:

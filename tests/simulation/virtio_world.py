@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections import deque
 from collections.abc import Sequence
 from random import Random
@@ -19,7 +20,8 @@ from .engine import World
 CONNECTIONS = 3
 GUEST_BUFFER, DEVICE_BUFFER = 16_384, 65_536
 SOCKET_ROOM = 3000
-ROOM = 1500  #: payload of a guest's buffer
+#: payloads of the buffers of Linux, and of a guest whose buffers are of all sizes
+ROOMS, MIXED_ROOMS = (1500,), (1500, 200, 60)
 
 
 def pattern(start: int, length: int) -> bytes:
@@ -64,13 +66,14 @@ class SimulatedRing:
     def __init__(self) -> None:
         self.posted: deque[tuple[int, bytearray]] = deque()
         self.popped: dict[int, bytearray] = {}
-        self.pushed: deque[bytes] = deque()
-        self.used: deque[bytes] = deque()  #: that the guest can see
+        #: used buffers: what was written, and the room for payload; then those the guest can see
+        self.pushed: deque[tuple[bytes, int]] = deque()
+        self.used: deque[tuple[bytes, int]] = deque()
         self.heads = 0
 
-    def post(self) -> None:
+    def post(self, room: int) -> None:
         self.heads += 1
-        self.posted.append((self.heads, bytearray(HEADER_SIZE + ROOM)))
+        self.posted.append((self.heads, bytearray(HEADER_SIZE + room)))
 
     def pop(self) -> Chain | None:
         if not self.posted:
@@ -81,7 +84,8 @@ class SimulatedRing:
         return head, [], [view[:HEADER_SIZE], view[HEADER_SIZE:]]
 
     def push(self, head: int, length: int) -> None:
-        self.pushed.append(bytes(self.popped.pop(head)[:length]))
+        buffer = self.popped.pop(head)
+        self.pushed.append((bytes(buffer[:length]), len(buffer) - HEADER_SIZE))
 
     def publish(self) -> bool:
         self.used += self.pushed
@@ -96,15 +100,16 @@ class SimulatedRing:
 
 
 class SimulatedGuestSocket:
-    """A guest's socket, which counts its unread packets and merges small ones, as Linux does."""
+    """A guest's socket; that of Linux counts its unread packets, and merges small ones."""
 
-    def __init__(self) -> None:
+    def __init__(self, counts_packets: bool) -> None:
+        self.counts_packets = counts_packets
         self.queue: deque[list[int]] = deque()  # bytes, and bytes that can be merged into them
         self.unread = bytearray()
         self.received = self.read = self.sent = self.announced = 0
         self.device_buffer, self.device_forwarded = DEVICE_BUFFER, 0
 
-    def take(self, payload: bytes) -> None:
+    def take(self, payload: bytes, room: int) -> None:
         length = len(payload)
         assert payload == pattern(self.received, length), "bytes lost or out of order"
         self.received += length
@@ -115,8 +120,10 @@ class SimulatedGuestSocket:
             self.queue[-1][1] -= length
             return
         used = (len(self.queue) + 1) * VIRTIO_PACKET_OVERHEAD_BYTES
-        assert used <= GUEST_BUFFER, "the guest resets the connection (ENOBUFS)"
-        self.queue.append([length, ROOM - length])
+        assert used <= GUEST_BUFFER or not self.counts_packets, (
+            "the guest resets the connection (ENOBUFS)"
+        )
+        self.queue.append([length, room - length])
 
     def room(self) -> int:
         """Return the bytes that the guest may send: of its own buffer's size at most, as Linux."""
@@ -146,7 +153,9 @@ class VirtioWorld(World):
         self.ring = SimulatedRing()
         self.queue = ReceiveQueue(self.ring, 3, CaptureSink(cast(Any, None)))
         self.transmit: deque[tuple[Header, bytes]] = deque()
-        self.guests = [SimulatedGuestSocket() for _ in range(CONNECTIONS)]
+        is_linux = random.random() < 0.7
+        self.rooms = ROOMS if is_linux else MIXED_ROOMS
+        self.guests = [SimulatedGuestSocket(is_linux) for _ in range(CONNECTIONS)]
         self.sockets = [SimulatedSocket() for _ in range(CONNECTIONS)]
         self.written = [0] * CONNECTIONS
         self.taken = [0] * CONNECTIONS
@@ -161,7 +170,7 @@ class VirtioWorld(World):
 
     def do_post(self, chance: Random) -> None:
         for _ in range(chance.randrange(1, 20)):
-            self.ring.post()
+            self.ring.post(chance.choice(self.rooms))
 
     def do_write(self, chance: Random) -> None:
         """A program writes, often little."""
@@ -184,14 +193,14 @@ class VirtioWorld(World):
 
     def do_guest_receive(self, chance: Random) -> None:
         for _ in range(min(chance.randrange(1, 8), len(self.ring.used))):
-            data = self.ring.used.popleft()
+            data, room = self.ring.used.popleft()
             header = Header(*HEADER.unpack_from(data))
             guest = self.guests[header.dst_port]
             assert header.src_port == header.dst_port and header.dst_cid == 3, "wrong source"
             assert header.op != Op.RST, "the device resets a faultless connection"
             guest.device_buffer, guest.device_forwarded = header.buf_alloc, header.fwd_cnt
             if header.op == Op.RW:
-                guest.take(data[HEADER_SIZE:])
+                guest.take(data[HEADER_SIZE:], room)
             elif header.op == Op.CREDIT_REQUEST:
                 self._send(header.dst_port, Op.CREDIT_UPDATE)
 
