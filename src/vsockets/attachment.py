@@ -28,6 +28,7 @@ from .state_folder import (
     STREAM,
     connect_to,
     default_folder,
+    how_to_start,
     is_short,
     require_private,
     wait_to_connect,
@@ -90,8 +91,9 @@ class Attachment:
                 connect_to(functools.partial(_connect, sock), path)
         except (FileNotFoundError, ConnectionRefusedError):
             if not self._on_demand:
+                start = "on the host" if self.folder == SELF else how_to_start(self.folder.parent)
                 raise OSError(
-                    errno.ENODEV, f"vsockd is not running in {self.folder} (start it: vsock up)"
+                    errno.ENODEV, f"vsockd is not running in {self.folder} (start it: {start})"
                 ) from None
             from . import launcher  # imported here, because few programs need it
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from .limits import VSOCKD_REPLY_TIMEOUT_SECONDS
-from .state_folder import CONTROL, connect_to, default_folder, wait_to_connect
+from .state_folder import CONTROL, connect_to, default_folder, how_to_start, wait_to_connect
 
 #: The topics of events.
 TOPICS = ("context", "denial", "disconnect", "vsockd")
@@ -375,7 +375,7 @@ def _connect(folder: Path) -> socket.socket:
     except (FileNotFoundError, ConnectionRefusedError):
         sock.close()
         raise OSError(
-            errno.ENODEV, f"vsockd is not running in {folder} (start it: vsock up)"
+            errno.ENODEV, f"vsockd is not running in {folder} (start it: {how_to_start(folder)})"
         ) from None
     except BaseException:
         sock.close()

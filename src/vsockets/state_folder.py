@@ -62,6 +62,14 @@ def default_folder() -> Path:
     return Path(f"/tmp/vsock-{os.geteuid()}")
 
 
+def how_to_start(folder: Path) -> str:
+    """Return the command that starts vsockd in the state folder ``folder``."""
+    import shlex  # imported here: few programs need it
+
+    given = "" if folder == default_folder() else f"--dir {shlex.quote(os.fspath(folder))} "
+    return f"vsock {given}up"
+
+
 def require_private(folder: Path, create: bool = False) -> None:
     """Require that no other user except root controls the state folder ``folder``.
 
@@ -76,7 +84,8 @@ def require_private(folder: Path, create: bool = False) -> None:
         above = folders.open_folder(folder.parent, private=True, create=0o755 if create else None)
     except PermissionError as error:
         raise PermissionError(
-            f"{folder}: not used, because of {error.filename}: {error.strerror}"
+            f"{folder}: not used, because of {error.filename}: {error.strerror} (choose another "
+            "folder by --dir or VSOCKETS_DIR)"
         ) from None
     try:
         if create:
@@ -87,10 +96,13 @@ def require_private(folder: Path, create: bool = False) -> None:
         os.close(above)
     if not stat.S_ISDIR(found.st_mode) or found.st_uid not in (os.geteuid(), 0):
         raise PermissionError(
-            f"{folder}: not used, because it is not a folder of user {os.geteuid()}"
+            f"{folder}: not used, because it is not a folder of user {os.geteuid()} (choose "
+            "another by --dir or VSOCKETS_DIR)"
         )
     if found.st_mode & 0o022:
-        raise PermissionError(f"{folder}: not used, because other users can write to it")
+        raise PermissionError(
+            f"{folder}: not used, because other users can write to it (chmod go-w {folder})"
+        )
 
 
 @contextmanager

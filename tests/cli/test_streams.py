@@ -231,7 +231,7 @@ def test_errors_name_a_remedy(vsock: Vsock, fabric: PrivateFabric) -> None:
             ("listen 5561", 1, "bind to any:5561: the port is in use (see: vsock ls)"),
             ("connect host 5561 -p 5561", 1, "the source port is in use"),
             ("listen --cid 77 5000", 1, "omit --cid"),
-            ("listen 5000 -e no-such", 127, "no-such: No such file or directory"),
+            ("listen 5000 -e no-such", 127, "no-such: program not found"),
         )
 
 
@@ -256,7 +256,9 @@ def test_errors_name_the_isolation_and_state_of_a_guest(
 def test_no_vsockd(vsock: Vsock) -> None:
     vsock.environment["VSOCKETS_CONTEXT"] = "/nowhere/3"
     line = vsock.fails("connect", "host", "5000")
-    assert line == ("connect to 2:5000: vsockd is not running in /nowhere/3 (start it: vsock up)")
+    assert line == (
+        "connect to 2:5000: vsockd is not running in /nowhere/3 (start it: vsock --dir /nowhere up)"
+    )
 
 
 def test_reserved_ports() -> None:

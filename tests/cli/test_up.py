@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import shlex
 import signal
+from pathlib import Path
 
 from vsockets.control import Control
 from vsockets.testing import wait_until
@@ -22,6 +24,24 @@ def test_up_status_and_down(alone: Vsock) -> None:
     assert alone("down").stdout == f"vsockd in {alone.folder} has ended\n"
     assert os.listdir(alone.folder) == []
     assert "vsockd is not running" in alone.fails("status")
+
+
+def test_commands_in_hints_run_as_printed(alone: Vsock, tmp_path: Path) -> None:
+    """With ``--dir``, and for a context elsewhere, a hint names the state folder."""
+    given = tmp_path / "two words"
+    del alone.environment["VSOCKETS_DIR"]
+    line = alone.fails("--dir", given, "status")
+    start = f"vsock --dir '{given}' up"
+    assert line == f"vsockd is not running in {given} (start it: {start})"
+    assert alone(*shlex.split(start)[1:]).stdout.startswith(f"vsockd serves {given} ")
+    line = alone.fails("--dir", given, "connect", "99", "5000")
+    for see in (f"vsock --dir '{given}' context ls", f"vsock --dir '{given}' events denial"):
+        assert f"{see})" in line or f"{see}," in line
+    line = alone.fails("--dir", given, "context", "suspend", "99")
+    assert line.endswith(f"no context 99 (see: vsock --dir '{given}' context ls)")
+    assert f" {given} " in alone("--dir", given, "down").stdout
+    alone.environment["VSOCKETS_CONTEXT"] = f"{given}/3"
+    assert alone.fails("connect", "2", "5000").endswith(f"(start it: {start})")
 
 
 def test_foreground(alone: Vsock) -> None:

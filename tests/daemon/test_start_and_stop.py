@@ -430,7 +430,7 @@ def test_a_folder_others_can_write_is_refused(folder: Path, mode: int) -> None:
     assert finished.returncode == 1
     assert finished.stderr == (
         f"vsockd: cannot start in {folder}: "
-        f"{folder}: not used, because other users can write to it\n"
+        f"{folder}: not used, because other users can write to it (chmod go-w {folder})\n"
     )
     assert os.listdir(folder) == []
     program = start_on_demand(folder)

@@ -16,7 +16,7 @@ import click
 
 from .errors import CliError, one_line
 from .groups import Group
-from .output import complain
+from .output import complain, give_folder_in_hints
 
 if TYPE_CHECKING:
     from click.shell_completion import CompletionItem
@@ -172,6 +172,7 @@ def app(folder: Path | None) -> None:
         from . import connect
 
         connect.choose(folder)
+        give_folder_in_hints(folder)
 
 
 def _usage(error: click.ClickException) -> str:

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import shlex
 import sys
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..model.text import printable
@@ -39,9 +42,22 @@ class Column(NamedTuple):
     bar: bool = False  #: values from 0 to 1, drawn as bars in the remaining space
 
 
+#: A command in a hint, such as ``(see: vsock ls)``; those that use no given state folder excepted.
+_HINT = re.compile(r"(?<=[:,] vsock )(?=(context|down|events|ls|run|status|up)\b)")
+
+_dir_option = ""
+
+
+def give_folder_in_hints(folder: Path) -> None:
+    """Insert ``--dir`` with ``folder`` into the commands that later messages name."""
+    global _dir_option
+    _dir_option = f"--dir {shlex.quote(os.fspath(folder))} "
+
+
 def complain(text: str) -> None:
     """Print an error message on standard error, in one line that begins with ``vsock:``."""
-    print(f"vsock: {printable(' '.join(text.split()))}", file=sys.stderr, flush=True)
+    line = _HINT.sub(lambda _: _dir_option, " ".join(text.split()))
+    print(f"vsock: {printable(line)}", file=sys.stderr, flush=True)
 
 
 notice = complain  # progress, too, goes to standard error: standard output carries data
