@@ -48,7 +48,8 @@ def start(folder: Path, on_demand: bool = True) -> bool:
         _wait_until_served(folder)
         return False
     if finished.returncode:
-        complaint = finished.stderr.strip() or f"see {folder / LOG}"
+        complaint = finished.stderr.strip().removeprefix("vsockd: ") or f"see {folder / LOG}"
+        complaint = complaint.removeprefix("cannot start in ")
         raise OSError(errno.ENODEV, f"cannot start vsockd: {complaint}")
     return True
 

@@ -38,7 +38,7 @@ def test_without_arguments_the_help_lists_the_commands(alone: Vsock) -> None:
         ("connect nobody 5000", "CID 'nobody': expected a number"),
         ("listen 5000 -u --seqpacket", "exclude each other"),
         ("listen 5000 -u -e cat", "--exec needs a stream"),
-        ("listen 5000 -w -1", "--timeout: -1.0 is not in the range"),
+        ("listen 5000 -w -1", "--timeout: '-1': expected a number of seconds from 0"),
         ("listen 5000 -e '\"'", "No closing quotation"),
     ],
 )

@@ -104,10 +104,10 @@ def test_refusals(vsock: Vsock, fabric: PrivateFabric) -> None:
     fabric.guest(600)
     vsock.fail(
         ("context add 600", 1, "context 600 exists"),
-        ("context add 2", 1, "cid: 2 is out of range, expected 3 to 4294967294"),
-        ("context add host", 1, "cid: 2 is out of range, expected 3 to 4294967294"),
+        ("context add 2", 2, "CID: '2': expected a guest's CID, 3 to 4294967294"),
+        ("context add host", 2, "CID: 'host': expected a guest's CID, 3 to 4294967294"),
         ("context rm 4000", 1, "no context 4000"),
         ("context rm host", 1, "context 2 is the host: it cannot be removed"),
-        ("context add many", 2, "CID 'many': expected a number"),
+        ("context add many", 2, "CID: 'many': expected a guest's CID"),
         ("context add --owner no-such-user", 2, "no such user: 'no-such-user'"),
     )

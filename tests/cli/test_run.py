@@ -120,7 +120,8 @@ def test_a_guest_that_is_off_or_suspended(vsock: Vsock, fabric: PrivateFabric) -
         do(1238)
         line = vsock.fails("run", "--cid", "1238", "echo", "in")
         assert line == (
-            f"context 1238 is {state}: no program can run in it until vsock context {command} 1238"
+            f"context 1238 is {state}: no program can run in it (change that: "
+            f"vsock context {command} 1238)"
         )
         vsock("context", command, "1238")
         assert vsock("run", "--cid", "1238", "echo", "in").stdout == "in\n"
@@ -143,9 +144,13 @@ def test_programs_that_cannot_be_run(vsock: Vsock, tmp_path: Path) -> None:
     plain = tmp_path / "plain"
     plain.write_text("nothing to run\n")
     vsock.fail(
-        ("run no-such-program", 127, "no-such-program: No such file or directory"),
-        (f"run {plain}", 126, f"{plain}: Permission denied"),
-        ("run --cid local true", 1, "cid: 1 is out of range"),
+        ("run no-such-program", 127, "no-such-program: program not found (expected a path"),
+        (f"run {plain}", 126, f"{plain}: Permission denied (expected an executable file"),
+        (
+            "run --cid local true",
+            2,
+            "--cid: 'local': expected a guest's CID, 3 to 4294967294, or host",
+        ),
     )
 
 

@@ -103,6 +103,36 @@ def test_invalid_combinations(line: str, names: str, capsys: pytest.CaptureFixtu
 
 
 @pytest.mark.parametrize(
+    ("line", "text"),
+    [
+        ("runn true", "no command 'runn' (expected run?) (see: vsock --help)"),
+        ("help", "no command 'help' (see: vsock --help)"),
+        ("context ad", "no command 'ad' (expected add?) (see: vsock context --help)"),
+        ("run", "PROGRAM: missing (see: vsock run --help)"),
+        ("run --cid abc true", "--cid: 'abc': expected a guest's CID, 3 to 4294967294, or host"),
+        ("run --cid 1 true", "--cid: '1': expected a guest's CID, 3 to 4294967294, or host"),
+        ("fabric --cid any true", "--cid: 'any': expected a guest's CID, 3 to 4294967294, or host"),
+        ("fabric --guest 2 true", "--guest: '2': expected a guest's CID, 3 to 4294967294"),
+        ("context add host", "CID: 'host': expected a guest's CID, 3 to 4294967294"),
+        ("connect 2:22", "CID '2:22': expected CID and PORT as two arguments"),
+        ("connect 2", "PORT: missing"),
+        ("connect 2 any", "any is not a destination (expected a number)"),
+        ("connect any 22", "any is not a destination (expected a number)"),
+        ("connect 2 22 --wait -1", "--wait: '-1': expected a number of seconds from 0"),
+        ("connect 2 22 -w nan", "--timeout: 'nan': expected a number of seconds from 0"),
+        ("ls --pid few", "--pid: 'few': expected a whole number from 0"),
+        ("top", "standard output is not a terminal (expected one, or --json)"),
+        ("vm run", "nothing to boot (expected --kernel, --disk, --vmx"),
+        ("vm run --initrd /dev/null", "--initrd and --append need --kernel"),
+    ],
+)
+def test_mistakes_of_a_newcomer(line: str, text: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert start(shlex.split(line)) == 2
+    found = capsys.readouterr().err
+    assert found.startswith(f"vsock: {text}") and found.count("\n") == 1, found
+
+
+@pytest.mark.parametrize(
     "words", ["doctor --seccomp-profile", "context add --owner", "vm args --cid"]
 )
 def test_an_option_without_its_value(words: str, capsys: pytest.CaptureFixture[str]) -> None:

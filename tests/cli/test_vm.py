@@ -36,6 +36,10 @@ exit 127
 """
 
 
+#: A command that runs a machine with something to boot.
+RUN = ("vm", "run", "--accel", "tcg", "--kernel", "/dev/null")
+
+
 @pytest.fixture
 def qemu(tmp_path: Path) -> Path:
     """Write an executable script."""
@@ -47,20 +51,20 @@ def qemu(tmp_path: Path) -> Path:
 class TestWhichQemu:
     def test_too_old_is_not_broken(self, vsock: Vsock, qemu: Path) -> None:
         qemu.write_text(OLD)
-        said = vsock.fails("vm", "run", "--accel", "tcg", "--qemu", qemu)
+        said = vsock.fails(*RUN, "--qemu", qemu)
         assert "is QEMU 7.2, too old for the vmci device (vfio-user-pci came with 10.1)" in said
         assert "apt install" in said
         assert "--device virtio" in said
 
     def test_built_without_the_device(self, vsock: Vsock, qemu: Path) -> None:
         qemu.write_text(BUILT_WITHOUT)
-        said = vsock.fails("vm", "run", "--accel", "tcg", "--qemu", qemu)
+        said = vsock.fails(*RUN, "--qemu", qemu)
         assert "QEMU 10.2, was built without vfio-user-pci" in said
 
     @pytest.mark.parametrize("device", ["vmci", "virtio"])
     def test_an_aborted_query_is_not_a_refusal(self, vsock: Vsock, qemu: Path, device: str) -> None:
         qemu.write_text(ABORTING)
-        said = vsock.fails("vm", "run", "--accel", "tcg", "--qemu", qemu, "--device", device)
+        said = vsock.fails(*RUN, "--qemu", qemu, "--device", device)
         assert "does not work: its help on" in said
         assert said.endswith("a module of another QEMU (killed by signal 6 (Aborted))")
         assert "built without" not in said
@@ -77,13 +81,13 @@ class TestWhichQemu:
 
     def test_broken_is_not_too_old(self, vsock: Vsock, qemu: Path) -> None:
         qemu.write_text(BROKEN)
-        said = vsock.fails("vm", "run", "--accel", "tcg", "--qemu", qemu)
+        said = vsock.fails(*RUN, "--qemu", qemu)
         assert "does not work" in said
         assert "libpixman-1.so.0" in said
         assert "too old" not in said
 
     def test_there_is_none(self, vsock: Vsock) -> None:
-        said = vsock.fails("vm", "run", "--qemu", "/nowhere/qemu")
+        said = vsock.fails(*RUN, "--qemu", "/nowhere/qemu")
         assert said == "program not found: /nowhere/qemu"
 
 
@@ -99,6 +103,8 @@ def test_mistakes(vsock: Vsock, tmp_path: Path) -> None:
         ("vm run --memory 0", 2, "expected a number of MiB"),
         ("vm run --cpus 0", 2, "--cpus"),
         ("vm run --device vhost", 2, "--device"),
+        ("vm run", 2, "nothing to boot (expected --kernel, --disk, --vmx"),
+        ("vm run --append quiet", 2, "--initrd and --append need --kernel"),
         ("vm args", 2, "--socket"),
         (f"vm args --socket /s --vmx {tmp_path}/b.vmx", 2, "expected a .vmx file"),
         (f"vm args --socket /s --vmx {vmx}", 2, "expected 7 or later"),
@@ -107,14 +113,14 @@ def test_mistakes(vsock: Vsock, tmp_path: Path) -> None:
     )
 
 
-@pytest.mark.parametrize("command", ["run", "demo"])
+@pytest.mark.parametrize("command", ["run --kernel /dev/null", "demo"])
 def test_without_the_package_for_qemus_monitor(vsock: Vsock, tmp_path: Path, command: str) -> None:
     """The package is checked before QEMU is searched for or downloaded."""
     package = tmp_path / "qemu"
     package.mkdir()
     (package / "__init__.py").touch()
     vsock.find_modules_in(tmp_path)
-    said = vsock.fails("vm", command)
+    said = vsock.fails("vm", *command.split())
     assert said.startswith("the Python package qemu.qmp, which controls QEMU, is missing")
     assert said.endswith("pip install qemu.qmp")
 

@@ -21,11 +21,11 @@ from .conftest import Compile
 
 def test_a_missing_program_is_reported(vsock: Vsock) -> None:
     line = vsock.fails("run", "no-such-program", status=127)
-    assert line == "no-such-program: No such file or directory"
+    assert line == "no-such-program: program not found (expected a path, or a name on PATH)"
 
 
 def test_a_missing_context_is_reported(vsock: Vsock) -> None:
-    vsock.fail(("run --cid 1 true", 1, "expected 3 to 4294967294"))
+    vsock.fail(("run --cid 1 true", 2, "3 to 4294967294"))
 
 
 def test_vsock_run_within_vsock_run_is_refused(vsock: Vsock) -> None:

@@ -211,7 +211,7 @@ def empty(stage: Stage, fabric_of_machines: PrivateFabric) -> Iterator[subproces
     stage.parts("stable", "virtio")  # skips without QEMU
     command = [sys.executable, "-m", "vsockets.cli", "--dir", str(fabric_of_machines.folder)]
     command += ["vm", "run", "--accel", "tcg", "--qemu", downloads.qemu(), "--cid", str(EMPTY)]
-    command += ["--memory", "32M", "--device", "virtio"]
+    command += ["--memory", "32M", "--device", "virtio", "--", "-boot", "menu=off"]
     with subprocess.Popen(
         command,
         stdin=subprocess.DEVNULL,

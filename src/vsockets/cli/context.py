@@ -20,7 +20,7 @@ from .options import (
     members,
     parser_of,
     path_option,
-    read_cid,
+    read_guest,
     read_user,
     reserved_ports_option,
 )
@@ -35,7 +35,7 @@ def context() -> None:
 @context.command("add")
 @argument(
     "cid",
-    type=read_cid,
+    type=read_guest,
     required=False,
     metavar="[CID]",
     help="CID of the guest. Default: a free one.",

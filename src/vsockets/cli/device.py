@@ -23,8 +23,8 @@ from .connect import administrator
 from .groups import group
 from .options import (
     Decorator,
-    cid_option,
     configure_log,
+    guest_option,
     log_format_option,
     path_option,
     seconds_option,
@@ -50,7 +50,7 @@ def _socket_option(help: str) -> Decorator[Any]:
 
 
 _vhost_socket_option = _socket_option("Unix socket to create; the virtual machine connects to it.")
-_cid_option = cid_option(
+_cid_option = guest_option(
     "--cid", help="Context of the virtual machine. Default: a new one, with a free CID."
 )
 _until_eof_option = click.option(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import os
 import select
 import shlex
@@ -34,9 +33,18 @@ def exec_program(program: list[str], environment: Mapping[str, str]) -> NoReturn
     signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
     try:
         os.execvpe(program[0], program, environment)
+    except FileNotFoundError:
+        raise _not_found(program[0]) from None
+    except PermissionError as error:
+        why = f"{program[0]}: {error.strerror} (expected an executable file: chmod +x)"
+        raise CliError(why, NOT_EXECUTABLE) from None
     except OSError as error:
-        status = NOT_FOUND if error.errno == errno.ENOENT else NOT_EXECUTABLE
-        raise CliError(f"{program[0]}: {error.strerror}", status) from None
+        raise CliError(f"{program[0]}: {error.strerror}", NOT_EXECUTABLE) from None
+
+
+def _not_found(program: str) -> CliError:
+    expected = "the path of an existing program" if "/" in program else "a path, or a name on PATH"
+    return CliError(f"{program}: program not found (expected {expected})", NOT_FOUND)
 
 
 def split_command(command: str | None) -> list[str]:
@@ -53,7 +61,7 @@ def split_command(command: str | None) -> list[str]:
     if not arguments:
         raise click.UsageError("--exec: expected a command")
     if shutil.which(arguments[0]) is None:  # before a client connects
-        raise CliError(f"{arguments[0]}: {os.strerror(errno.ENOENT)}", NOT_FOUND)
+        raise _not_found(arguments[0])
     return arguments
 
 

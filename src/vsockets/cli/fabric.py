@@ -20,13 +20,12 @@ from typing import NoReturn
 
 import click
 
-from ..model.address import FIRST_GUEST_CID, LAST_GUEST_CID, parse_cid
 from ..model.constants import VMADDR_CID_HOST
 from ..supervisor.launch import ENDED, FAILURE, MESSAGE
 from .delegation import LAUNCHER
 from .errors import CliError, one_line
 from .groups import command
-from .options import cid_option, parser_of, reserved_ports_option
+from .options import parse_guest, parser_of, place_option, read_guest, reserved_ports_option
 from .output import complain
 from .run import interceptor_option, program_argument, run_here
 
@@ -39,34 +38,23 @@ _LAST_STANDARD = 2
 _VSOCKD_SECONDS = 5.0
 
 
-def _guest(text: str) -> int:
-    cid = parse_cid(text)
-    if not FIRST_GUEST_CID <= cid <= LAST_GUEST_CID:
-        first, last = FIRST_GUEST_CID, LAST_GUEST_CID
-        raise ValueError(f"{text!r} is not a guest (expected a CID from {first} to {last})")
-    return cid
-
-
-_read_guest = parser_of(_guest)
-
-
 @parser_of
 def _read_hybrid(text: str) -> tuple[int, Path]:
     cid, separator, path = text.partition("=")
     if not (separator and path):
         raise ValueError(f"invalid guest and path: {text!r} (expected CID=PATH)")
-    return _guest(cid), Path(path).absolute()
+    return parse_guest(cid), Path(path).absolute()
 
 
 @command("fabric", context_settings={"allow_interspersed_args": False})
 @program_argument("COMMAND")
-@cid_option(
+@place_option(
     "--cid", default="host", help="Context of the command: a number or host. A guest is created."
 )
 @click.option(
     "--guest",
     "guests",
-    type=_read_guest,
+    type=read_guest,
     multiple=True,
     metavar="CID",
     help="Add a guest before the command starts; repeatable. vsock run --cid CID within the "

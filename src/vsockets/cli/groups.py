@@ -76,6 +76,18 @@ class Group(click.Group):
         with _errors_of(ctx):
             return super().parse_args(ctx, args)
 
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        """Return the subcommand that ``args`` name; a usage error suggests a similar name."""
+        name = args[0]
+        if not name.startswith("-") and self.get_command(ctx, name) is None:
+            from difflib import get_close_matches
+
+            similar = get_close_matches(name, self.list_commands(ctx), 1)
+            ctx.fail(f"no command {name!r}" + "".join(f" (expected {one}?)" for one in similar))
+        return super().resolve_command(ctx, args)
+
     def list_commands(self, ctx: click.Context) -> list[str]:
         """Return the names of the subcommands in the order of their declaration."""
         return list(self.commands)

@@ -49,10 +49,10 @@ class View(ABC):
         """Handle keys that the user has pressed, none of them q."""
 
 
-def require_terminal(option: str) -> None:
+def require_terminal() -> None:
     """Raise a usage error unless standard output is a terminal."""
     if not sys.stdout.isatty():
-        raise click.UsageError(f"{option}: standard output is not a terminal (use --json)")
+        raise click.UsageError("standard output is not a terminal (expected one, or --json)")
 
 
 def show(view: View, interval: float) -> None:

@@ -101,7 +101,7 @@ def ls(
         port=port,
     )
     if watch and not as_json:
-        require_terminal("--watch")
+        require_terminal()
     with administrator() as control:
         if watch and as_json:
             while True:

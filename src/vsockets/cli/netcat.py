@@ -21,7 +21,7 @@ from .connect import keep_trying, lasting_context, own_context
 from .errors import BIND, CONNECT, CliError, cli_error
 from .execute import exec_on_socket, serve, split_command
 from .groups import command
-from .options import argument, cid_argument, cid_option, read_port, seconds_option
+from .options import argument, cid_option, read_cid, read_port, seconds_option
 from .output import notice, user_name
 from .relay import Address, DatagramRelay, StreamRelay
 
@@ -62,8 +62,14 @@ _verbose_option = click.option(
 )
 
 
+def _read_destination(text: str) -> int:
+    if ":" in text:
+        raise click.BadParameter(f"CID {text!r}: expected CID and PORT as two arguments")
+    return int(read_cid(text))
+
+
 @command("connect")
-@cid_argument
+@argument("cid", type=_read_destination, metavar="CID")
 @_port_argument
 @_datagram_option
 @_seqpacket_option
@@ -100,6 +106,8 @@ def connect(
     The end of standard input half-closes the stream; data of the peer is received to its end.
     CID is a number, host, local or hypervisor.
     """
+    if VMADDR_CID_ANY in (cid, port):  # VMADDR_PORT_ANY is the same number
+        raise click.UsageError("any is not a destination (expected a number)")
     kind = _type(datagram, seqpacket, execute)
     program = split_command(execute)
     if datagram:

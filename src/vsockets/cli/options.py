@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from enum import Enum
 from pathlib import Path
@@ -9,7 +10,8 @@ from typing import Any, TypeVar
 
 import click
 
-from ..model.address import parse_cid, parse_port
+from ..model.address import FIRST_GUEST_CID, LAST_GUEST_CID, parse_cid, parse_port
+from ..model.constants import VMADDR_CID_HOST
 from ..model.locator import Inet, Locator, Unix, parse_locator
 from .groups import Argument
 
@@ -47,6 +49,30 @@ def read_user(text: str) -> int:
         raise ValueError(f"no such user: {text!r} (expected a name or a number)") from None
 
 
+def parse_guest(text: str) -> int:
+    """Return the CID of a guest in ``text``.
+
+    Raises ValueError if ``text`` is not a number in the range of guests' CIDs.
+    """
+    with contextlib.suppress(ValueError):
+        cid = parse_cid(text)
+        if FIRST_GUEST_CID <= cid <= LAST_GUEST_CID:
+            return cid
+    raise ValueError(f"{text!r}: expected a guest's CID, {FIRST_GUEST_CID} to {LAST_GUEST_CID}")
+
+
+def _parse_place(text: str) -> int:
+    if text.lower() in ("host", str(VMADDR_CID_HOST)):
+        return VMADDR_CID_HOST
+    try:
+        return parse_guest(text)
+    except ValueError as error:
+        raise ValueError(f"{error}, or host") from None
+
+
+read_guest = parser_of(parse_guest)
+
+
 @parser_of
 def _read_peer_rule(text: str) -> Any:
     # Imported late: it takes longer than most commands.
@@ -74,31 +100,51 @@ def argument(name: str, **attributes: Any) -> Decorator[Any]:
     return click.argument(name, cls=Argument, **attributes)
 
 
-class _Seconds(click.FloatRange):
-    name = "number of seconds"
+def _number(kind: type[float], name: str, least: float, most: float | None) -> Callable[[Any], Any]:
+    limits = f"from {least:g}" + ("" if most is None else f" to {most:g}")
 
+    @parser_of
+    def read(text: Any) -> float:
+        try:
+            value = kind(text)
+        except ValueError:
+            value = kind(least) - 1
+        if not least <= value <= (value if most is None else most):
+            raise ValueError(f"{text!r}: expected a {name} {limits}")
+        return value
 
-class _Count(click.IntRange):
-    name = "whole number"
+    return read
 
 
 def seconds_option(
     *names: str, min: float = 0.0, max: float | None = None, **attributes: Any
 ) -> Decorator[Any]:
     """Declare an option whose value is a time in seconds, a float."""
-    return click.option(*names, type=_Seconds(min, max), metavar="SECONDS", **attributes)
+    return click.option(
+        *names, type=_number(float, "number of seconds", min, max), metavar="SECONDS", **attributes
+    )
 
 
 def count_option(
     *names: str, min: int = 1, max: int | None = None, **attributes: Any
 ) -> Decorator[Any]:
     """Declare an option whose value is a whole number."""
-    return click.option(*names, type=_Count(min, max), **attributes)
+    return click.option(*names, type=_number(int, "whole number", min, max), **attributes)
 
 
 def cid_option(name: str, **attributes: Any) -> Decorator[Any]:
     """Declare an option whose value is a CID."""
     return click.option(name, type=read_cid, metavar="CID", **attributes)
+
+
+def guest_option(name: str, **attributes: Any) -> Decorator[Any]:
+    """Declare an option whose value is the CID of a guest."""
+    return click.option(name, type=read_guest, metavar="CID", **attributes)
+
+
+def place_option(name: str, **attributes: Any) -> Decorator[Any]:
+    """Declare an option whose value is the CID of the host or of a guest."""
+    return click.option(name, type=parser_of(_parse_place), metavar="CID", **attributes)
 
 
 def address_option(name: str, **attributes: Any) -> Decorator[Any]:

@@ -18,7 +18,7 @@ from .connect import administrator, assigned_context
 from .errors import CliError
 from .execute import exec_program
 from .groups import command
-from .options import Decorator, argument, cid_option, reserved_ports_option
+from .options import Decorator, argument, place_option, reserved_ports_option
 
 if TYPE_CHECKING:
     from ..supervisor.launch import Keeper
@@ -52,7 +52,7 @@ interceptor_option = click.option(
 
 @command("run", context_settings={"allow_interspersed_args": False})
 @program_argument("PROGRAM")
-@cid_option(
+@place_option(
     "--cid",
     help="Context to run in: a number or host. A guest that does not exist is created. "
     "Default: the context that VSOCKETS_CONTEXT names or that is mounted at /run/vsock/self, else "
@@ -137,8 +137,8 @@ def run_here(
         if context["state"] in _HOW_TO_START:
             state, remedy = _HOW_TO_START[context["state"]]
             raise CliError(
-                f"context {cid} is {state}: no program can run in it until "
-                f"vsock context {remedy} {cid}"
+                f"context {cid} is {state}: no program can run in it (change that: "
+                f"vsock context {remedy} {cid})"
             )
         place = Attachment(context["folder"])
         lease = control.fileno() if context["leased"] else None

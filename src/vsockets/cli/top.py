@@ -65,7 +65,7 @@ def top(interval: float, as_json: bool) -> None:
     streams.  --json prints one object per line.
     """
     if not as_json:
-        require_terminal("vsock top")
+        require_terminal()
     with administrator() as control, control.events("denial") as events:
         if as_json:
             rates = Rates()

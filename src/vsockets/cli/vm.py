@@ -29,8 +29,8 @@ from .errors import CliError
 from .groups import group
 from .options import (
     argument,
-    cid_option,
     count_option,
+    guest_option,
     json_option,
     members,
     parser_of,
@@ -115,7 +115,7 @@ extra_argument = argument(
     help="Further arguments for QEMU, passed unchanged.",
 )
 _MACHINE_OPTIONS = (
-    cid_option(
+    guest_option(
         "--cid", help="Context of the guest; created if it does not exist. Default: a new one."
     ),
     click.option(
@@ -270,8 +270,13 @@ def run(
     Ctrl-] and SIGTERM ask the guest to power off, the second time they cut its power.  The exit
     status is 0 when the guest has powered off, and 128 plus the signal's number after a signal.
     """
-    require_qmp()
     machine, cid = _machine(device, cid, **described)
+    if not (machine.kernel or machine.disks or extra):
+        raise click.UsageError(
+            "nothing to boot (expected --kernel, --disk, --vmx of a machine with a disk, or "
+            "arguments for QEMU, such as -- -cdrom FILE)"
+        )
+    require_qmp()
     program = find_qemu(device, qemu, download)
     context.exit(_run(machine, cid, program, grace, extra))
 
@@ -342,6 +347,8 @@ def _machine(
     accel: Accelerator,
 ) -> tuple[MachineOptions, int | None]:
     """Return the machine to run and its CID; the ``.vmx`` file has the defaults of the options."""
+    if kernel is None and (initrd is not None or append):
+        raise click.UsageError("--initrd and --append need --kernel")
     boot = (kernel or "", initrd or "", append)
     disks = disk
     firmware = ""
@@ -364,9 +371,8 @@ def _machine(
         if network is Network.NONE:
             ignored += [f"ethernet: a {card.model} (--network user adds a card)" for card in cards]
         if isolation:
-            ignored.append(
-                "vmci0.unrestricted, vmci0.domain (see: vsock context add --profile legacy)"
-            )
+            add = f"vsock context add --vmx {shlex.quote(str(vmx))} --profile legacy"
+            ignored.append(f"vmci0.unrestricted, vmci0.domain (to apply them, before: {add})")
         for line in ignored:
             notice(f"{vmx}: ignored: {line}")
     machine = MachineOptions(
