@@ -9,10 +9,12 @@ from time import monotonic
 
 from .engine import Failure, World, simulate
 from .fabric_world import FabricWorld
+from .virtio_device_world import VirtioDeviceWorld
 from .virtio_world import VirtioWorld
+from .vmci_world import VmciWorld
 
 #: The worlds; a seed is run in each.
-WORLDS: tuple[type[World], ...] = (FabricWorld, VirtioWorld)
+WORLDS: tuple[type[World], ...] = (FabricWorld, VirtioWorld, VirtioDeviceWorld, VmciWorld)
 
 
 def main(arguments: list[str] | None = None) -> int:

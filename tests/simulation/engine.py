@@ -29,6 +29,13 @@ class World:
     def quiesce(self) -> None:
         """Stop faults, let everything proceed, and check that nothing is left or stuck."""
 
+    def patches(self) -> list[tuple[Any, str, Any]]:
+        """Return substitutes for names of modules while the world runs: time, and poll()."""
+        return []
+
+    def close(self) -> None:
+        """Release what the world has of the kernel."""
+
 
 def generate(world: type[World], seed: int, steps: int) -> list[Step]:
     """Return the history of a seed."""
@@ -58,8 +65,13 @@ def run(make: Callable[[], World], seed: int, history: list[Step]) -> None:
     before = random.getstate()
     random.seed(seed)  # Ports start at a random one
     done = 0
+    world = None
+    replaced: list[tuple[Any, str, Any]] = []
     try:
         world = make()
+        for module, name, value in world.patches():
+            replaced.append((module, name, getattr(module, name)))
+            setattr(module, name, value)
         for done, (name, number) in enumerate(history, 1):  # noqa: B007 - used after a failure
             getattr(world, f"do_{name}")(random.Random(number))
             world.check()
@@ -68,6 +80,10 @@ def run(make: Callable[[], World], seed: int, history: list[Step]) -> None:
         raise Failure(history[:done], error) from error
     finally:
         random.setstate(before)
+        if world is not None:
+            world.close()
+        for module, name, value in replaced:
+            setattr(module, name, value)
 
 
 def shorten(make: Callable[[], World], seed: int, history: list[Step]) -> Failure:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable
 from time import monotonic
 from typing import Any
@@ -12,7 +13,10 @@ from vsockets.daemon import handover
 from vsockets.devices.limits import VIRTIO_MERGED_PACKET_MAX_BYTES
 from vsockets.devices.virtio.connection import VirtioConnection
 from vsockets.devices.virtio.credit import ReceiveCredit, SendCredit
+from vsockets.devices.virtio.ring import SplitRing
 from vsockets.devices.virtio.rx import ReceiveQueue
+from vsockets.devices.vmci.flow_control import AttachOrdering
+from vsockets.devices.vmci.stream import Stream as VmciStream
 from vsockets.fabric import Change, Connection, Endpoint, Fabric, fabric, life_cycle, policy
 from vsockets.fabric.model import Ports
 
@@ -20,7 +24,9 @@ from . import fabric_handover
 from .__main__ import WORLDS, main
 from .engine import Failure, World, generate, run, shorten, simulate
 from .fabric_world import FabricWorld
+from .virtio_device_world import VirtioDeviceWorld
 from .virtio_world import VirtioWorld
+from .vmci_world import VmciWorld
 
 SECONDS = 20  #: of one core, for all worlds
 STEPS = 300
@@ -191,6 +197,63 @@ def rest_of_a_write_is_lost(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(VirtioConnection, "_save", lambda *_: None)
 
 
+def kick_is_lost(patch: pytest.MonkeyPatch) -> None:
+    """A packet that comes while the device requests the next kick waits for ever."""
+    enable = SplitRing.enable_notification
+
+    def faulty(self: SplitRing, chains: int = 1) -> bool:
+        return enable(self, chains) and self._size == 0
+
+    patch.setattr(SplitRing, "enable_notification", faulty)
+    pop = SplitRing.pop
+
+    def late(self: SplitRing) -> Any:
+        # As if the packet had come after the queue was found empty.
+        return None if random.random() < 0.1 else pop(self)
+
+    patch.setattr(SplitRing, "pop", late)
+
+
+def reset_overtakes_the_last_bytes(patch: pytest.MonkeyPatch) -> None:
+    """A stream that the guest has closed is reset before all its bytes are forwarded."""
+    patch.setattr(VirtioConnection, "finish_if_drained", VirtioConnection.on_all_forwarded)
+
+
+def packets_overtake_the_attach(patch: pytest.MonkeyPatch) -> None:
+    """Mended in 0f7f4bb: a connecting guest fails with EPROTO by a packet after the ATTACH."""
+    patch.setattr(AttachOrdering, "send", lambda self, *packet: self._send(*packet))
+
+
+def detach_overtakes_the_attach(patch: pytest.MonkeyPatch) -> None:
+    """Mended in 9ed7fc6: a connecting guest takes the event for a reset."""
+    hang_up = VmciStream._hang_up
+
+    def faulty(self: VmciStream) -> None:
+        self.was_used = True
+        hang_up(self)
+
+    patch.setattr(VmciStream, "_hang_up", faulty)
+
+
+def detached_bytes_are_lost(patch: pytest.MonkeyPatch) -> None:
+    """Bytes in the queue of a guest that closes are not delivered."""
+    patch.setattr(VmciStream, "_copy_rest", lambda _: None)
+
+
+def withheld_byte_is_not_published(patch: pytest.MonkeyPatch) -> None:
+    """The guest's queue looks neither empty nor full, and nobody polls it."""
+    patch.setattr(VmciStream, "_poll", lambda _: None)
+
+
+VIRTIO_DEVICE_FAULTS: list[Plant] = [kick_is_lost, reset_overtakes_the_last_bytes]
+
+VMCI_FAULTS: list[Plant] = [
+    packets_overtake_the_attach,
+    detach_overtakes_the_attach,
+    detached_bytes_are_lost,
+    withheld_byte_is_not_published,
+]
+
 VIRTIO_FAULTS: list[Plant] = [
     unread_packets_are_not_counted,
     credit_comes_late,
@@ -215,6 +278,13 @@ FABRIC_FAULTS: list[Plant] = [
 ]
 
 
+PLANTS: list[tuple[type[World], Plant]] = [
+    *((FabricWorld, plant) for plant in FABRIC_FAULTS),
+    *((VirtioWorld, plant) for plant in VIRTIO_FAULTS),
+    *((VirtioDeviceWorld, plant) for plant in VIRTIO_DEVICE_FAULTS),
+    *((VmciWorld, plant) for plant in VMCI_FAULTS),
+]
+
 #: the seed to begin with, for faults that few seeds find
 FIRST_SEEDS: dict[Plant, int] = {
     local_cid_is_a_source_elsewhere: 440,
@@ -232,13 +302,15 @@ def find(world: type[World], first: int, seeds: int = 500) -> int:
     raise AssertionError(f"not found with {seeds} seeds")
 
 
-@pytest.mark.parametrize("plant", [*FABRIC_FAULTS, *VIRTIO_FAULTS])
+@pytest.mark.parametrize(("world", "plant"), PLANTS, ids=[plant.__name__ for _, plant in PLANTS])
 def test_planted_fault_is_found(
-    plant: Plant, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    world: type[World],
+    plant: Plant,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     """The failing seed is found, and its history printed, from which no step can be left out."""
     plant(monkeypatch)
-    world = VirtioWorld if plant in VIRTIO_FAULTS else FabricWorld
     seed = find(world, FIRST_SEEDS.get(plant, 0))
     assert main(["--seed", str(seed), "--world", world.__name__]) == 1
     headline, title, *steps = capsys.readouterr().out.splitlines()

@@ -90,9 +90,9 @@ class StubFabric:
 class SimulatedGuest:
     """One guest with its device; :meth:`probe` does what a starting driver does."""
 
-    def __init__(self) -> None:
-        self.loop = DeviceLoop()
-        self.fabric = StubFabric(self.loop)
+    def __init__(self, loop: DeviceLoop | None = None, fabric: StubFabric | None = None) -> None:
+        self.loop = loop or DeviceLoop()
+        self.fabric = fabric or StubFabric(self.loop)
         self.machine = VmciMachine(self.loop, self.fabric, CID)  # type: ignore[arg-type]
         self.device = self.machine.device
         fd = os.memfd_create("guest")
