@@ -494,29 +494,6 @@ def test_full_disk_of_the_state_file(guest: DirectGuest, caplog: pytest.LogCaptu
     assert "writable again" in lines[1]
 
 
-def test_last_replies_are_saved_on_a_full_disk(
-    guest: DirectGuest, caplog: pytest.LogCaptureFixture
-) -> None:
-    root = guest.root()
-    assert root is not None
-    packed = PROCEDURES[NUMBERS["mkdir"]].arguments
-    calls = [
-        guest.datagram(
-            nfs3.PROGRAM, NUMBERS["mkdir"], packed.pack((Target(root, name), NewAttributes()))
-        )
-        for name in (b"%d" % number for number in range(200))
-    ]
-    replies = [guest.answer(call) for call in calls]
-    with FullDisk(guest):
-        guest.stop()
-    assert any(
-        "cached replies could not be saved" in record.getMessage() for record in caplog.records
-    )
-    guest.start()
-    assert guest.answer(calls[-1]) == replies[-1]
-    assert guest.answer(calls[0]) != replies[0]
-
-
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     folder = tmp_path / "disk"
@@ -574,24 +551,35 @@ def test_broken_state_file_fails_only_the_calls_that_need_it(guest: DirectGuest)
     guest.handle_store._connection.execute(handles._TABLE)
 
 
-def test_next_server_repeats_saved_replies(guest: DirectGuest) -> None:
-    """A retransmission after a restart gets the saved reply; after a later crash it does not."""
+def test_damaged_journal_of_replies(guest: DirectGuest, caplog: pytest.LogCaptureFixture) -> None:
+    """A record with a wrong checksum is ignored; a file that is not a journal is refused."""
     root = guest.root()
     assert root is not None
-    procedure = PROCEDURES[NUMBERS["mkdir"]]
-    packed = procedure.arguments.pack((Target(root, b"folder"), NewAttributes(mode=0o755)))
-    call = guest.datagram(nfs3.PROGRAM, NUMBERS["mkdir"], packed)
-    reply = guest.answer(call, GUEST)
-    guest.restart()
-    assert guest.answer(call, GUEST) == reply
-    assert guest.answer(call, (GUEST[0], GUEST[1] + 1)) != reply  # another program's call
-
-    # A killed server saves no replies; those of the server before it are outdated.
-    guest.handle_store.close()
+    calls = [
+        guest.datagram(nfs3.PROGRAM, NUMBERS["remove"], nfs3.target.pack(Target(root, name)))
+        for name in (b"one", b"two")
+    ]
+    replies = [guest.answer(call) for call in calls]
+    guest.stop()
+    journal = guest.export.parent / "state-replies"
+    data = bytearray(journal.read_bytes())
+    place = data.index(replies[0] or b"?")
+    data[place + 10] ^= 1
+    journal.write_bytes(data)
     guest.start()
-    retried = guest.answer(call, GUEST)
-    assert retried is not None
-    assert nfs3.decode_result(procedure, rpc.decode_reply(retried))[0] == Status.EXIST
+    (guest.export / "one").touch()
+    (guest.export / "two").touch()
+    assert guest.answer(calls[1]) == replies[1]
+    assert guest.answer(calls[0]) != replies[0]  # performed: its record was lost
+    assert [record.getMessage() for record in caplog.records] == [
+        f"{journal}: damaged replies ignored: 1"
+    ]
+    guest.stop()
+    journal.write_bytes(b"something else")
+    with pytest.raises(OSError, match=r"state-replies: not a journal of replies .*\(remove it"):
+        HandleStore(guest.export.parent / "state")
+    journal.unlink()
+    guest.start()
 
 
 def test_internal_error_gets_a_reply(

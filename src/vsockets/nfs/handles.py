@@ -8,16 +8,14 @@ The server records where files are, to find a file by its handle: in an SQLite t
 handles stay valid across restarts.  A file can have several locations (links), and a location can
 be outdated: the caller checks the file found there.  Each guest has its own rows, so that a guest
 cannot evict another's handles.  Rows that cannot be written, as on a full disk, are kept in memory
-until they can.  A second table contains the cached replies of the last server process.
+until they can.  A journal beside the table has the cached replies (:mod:`.reply_journal`).
 """
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import hashlib
 import hmac
-import json
 import logging
 import os
 import secrets
@@ -25,12 +23,12 @@ import sqlite3
 import struct
 import time
 from collections import Counter
-from collections.abc import Hashable, Iterable, Iterator, Sequence
+from collections.abc import Hashable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from .limits import NFS_DISK_RESERVE_BYTES, NFS_HANDLES_MAX, NFS_UNSAVED_HANDLES_MAX
-from .retransmission import CachedReply
+from .limits import NFS_HANDLES_MAX, NFS_UNSAVED_HANDLES_MAX
+from .reply_journal import ReplyJournal
 
 _LAYOUT = struct.Struct(">QQqI")
 _TAG_SIZE = 16
@@ -156,7 +154,10 @@ class _LocationTable:
 
 
 class HandleStore:
-    """The locations and cached replies in a state file, which one server uses exclusively."""
+    """The locations in a state file, and the journal of replies; one server uses them exclusively.
+
+    ``replies`` is the journal.
+    """
 
     def __init__(self, path: str | os.PathLike[str], rows_max: int = NFS_HANDLES_MAX) -> None:
         """Open or create the state file.
@@ -164,15 +165,15 @@ class HandleStore:
         Raises OSError if that fails.
         """
         self._path = Path(path).absolute()
-        self._reserve = self._path.with_name(f"{self._path.name}-reserve")
         self._path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         try:
             # 0600, because the file contains a secret key
             os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
             self._connection = sqlite3.connect(path, isolation_level=None, timeout=0)
             try:
-                self._prepare()
+                self._prepare()  # locks the file
                 self._disk = _LocationTable(self._connection, rows_max)
+                self.replies = ReplyJournal(self._path.with_name(f"{self._path.name}-replies"))
             except BaseException:
                 self._connection.close()
                 raise
@@ -185,7 +186,6 @@ class HandleStore:
         self._unsaved = _LocationTable(self._memory, NFS_UNSAVED_HANDLES_MAX)
         self._failing = False
         self._retry_at = 0.0
-        self._reserve_space()
 
     def _prepare(self) -> None:
         run = self._connection.execute
@@ -201,10 +201,6 @@ class HandleStore:
             run("INSERT INTO places SELECT file, folder, name, '' FROM old_places ORDER BY rowid")
             run("DROP TABLE old_places")
             run("COMMIT")
-        run(
-            "CREATE TABLE IF NOT EXISTS answers"
-            " (source TEXT, xid INTEGER, digest INTEGER, reply BLOB)"
-        )
         if run("SELECT value FROM key").fetchone() is None:
             run("INSERT INTO key VALUES (?)", (secrets.token_bytes(KEY_SIZE),))
 
@@ -219,6 +215,7 @@ class HandleStore:
             text = "%s: %d locations could not be saved: handles of files there become stale"
             log.warning(text, self._path, len(self._unsaved))
         self._memory.close()
+        self.replies.close()
         self._connection.close()
 
     @property
@@ -289,59 +286,3 @@ class HandleStore:
             self._failing = False
             log.warning("%s: writable again", self._path)
         return True
-
-    # Cached replies
-
-    def save_replies(self, replies: Iterable[CachedReply]) -> None:
-        """Save cached replies for the next server process; on a full disk, the last that fit."""
-        rows = [(json.dumps(reply.source), *reply[1:]) for reply in replies]
-        total = len(rows)
-        while not self._write_replies(rows):
-            if self._reserve.exists():
-                with contextlib.suppress(OSError):
-                    self._reserve.unlink()
-            else:
-                rows = rows[len(rows) // 2 + 1 :]
-                if not rows:
-                    break
-        if len(rows) < total:
-            text = "%s: %d of %d cached replies could not be saved for the next server"
-            log.warning(text, self._path, total - len(rows), total)
-
-    def _write_replies(self, rows: Sequence[tuple[object, ...]]) -> bool:
-        run = self._connection.execute
-        try:
-            run("BEGIN")
-            run("DELETE FROM answers")
-            self._connection.executemany("INSERT INTO answers VALUES (?, ?, ?, ?)", rows)
-            run("COMMIT")
-        except sqlite3.Error:
-            if self._connection.in_transaction:
-                run("ROLLBACK")
-            return False
-        return True
-
-    def load_replies(self) -> Iterator[CachedReply]:
-        """Yield the cached replies of the last server process, and delete them.
-
-        They are deleted because after a crash of this process they would be outdated.
-        """
-        try:
-            rows = self._connection.execute("SELECT * FROM answers ORDER BY rowid").fetchall()
-            self._connection.execute("DELETE FROM answers")
-        except sqlite3.Error as error:
-            self._note_failure(error)
-            return
-        for source, *rest in rows:
-            yield CachedReply(tuple(json.loads(source)), *rest)
-
-    def _reserve_space(self) -> None:
-        """Reserve disk space for the cached replies."""
-        try:
-            fd = os.open(self._reserve, os.O_RDWR | os.O_CREAT, 0o600)
-            try:
-                os.posix_fallocate(fd, 0, NFS_DISK_RESERVE_BYTES)
-            finally:
-                os.close(fd)
-        except OSError as error:
-            log.warning("%s: cannot reserve disk space: %s", self._reserve, error.strerror)

@@ -1,9 +1,9 @@
 """Limits of the NFS server and client, each with its reason."""
 
 #: Replies cached for one guest, for retransmitted calls: many more than it has calls in flight.
-#: And guests with cached replies; a reply takes some hundred bytes, as those of READ are not
-#: cached.
+#: And guests with cached replies, and replies in all, each with 512 bytes of a file that has 4 MiB.
 NFS_GUEST_CACHED_REPLIES_MAX, NFS_CACHED_GUESTS_MAX = 1024, 1024
+NFS_CACHED_REPLIES_MAX = 8191
 
 #: Retransmission timeout in seconds: the first one, the minimum and the maximum.  The minimum is
 #: about sixty times a usual round trip: a time slice of a busy processor, and the cost of each
@@ -33,9 +33,6 @@ NFS_HANDLES_MAX = 1_000_000
 
 #: File locations kept in memory while they cannot be written to disk.
 NFS_UNSAVED_HANDLES_MAX = 100_000
-
-#: Bytes reserved on the disk for saving cached replies when it is full: about a thousand replies.
-NFS_DISK_RESERVE_BYTES = 4 << 20
 
 #: Maximum depth of a file below its export, for finding it by its handle.
 NFS_DIRECTORY_DEPTH_MAX = 256

@@ -5,18 +5,20 @@ time, in seconds of a clock of its choice.
 
 The server's duplicate request cache is Juszczak's remedy (USENIX 1989) for non-idempotent calls
 over a transport that loses replies: a retransmitted call gets the cached reply, and is not
-performed again.  Callers are told apart by their vSockets address, which vsockd guarantees.
+performed again, also by a later server process (:mod:`.reply_journal`).  Callers are told apart by
+their vSockets address, which vsockd guarantees.
 """
 
 from __future__ import annotations
 
 import zlib
 from collections import OrderedDict
-from collections.abc import Hashable, Iterable, Iterator
+from collections.abc import Callable, Hashable, Iterable
 from typing import Any, NamedTuple
 
 from .limits import (
     NFS_CACHED_GUESTS_MAX,
+    NFS_CACHED_REPLIES_MAX,
     NFS_CALL_TIMEOUT_SECONDS,
     NFS_CALLS_IN_FLIGHT_MAX,
     NFS_GUEST_CACHED_REPLIES_MAX,
@@ -102,6 +104,9 @@ class Transmission:
 _DIGEST_BYTES = 256
 
 
+_Key = tuple[tuple[Any, ...], int, int]
+
+
 class CachedReply(NamedTuple):
     """A cached reply with the key of its call: source address, xid and digest."""
 
@@ -112,15 +117,24 @@ class CachedReply(NamedTuple):
 
 
 class DuplicateRequestCache:
-    """The latest replies to each guest, by call."""
+    """The latest replies to each guest, by call.
+
+    Each reply has a *slot*, a number below ``total_max``, under which ``record`` stores it for the
+    next server process.  When all slots are in use, the guest with the most replies loses its
+    oldest.
+    """
 
     def __init__(
         self,
+        record: Callable[[int, CachedReply], None] = lambda slot, reply: None,
         replies_max: int = NFS_GUEST_CACHED_REPLIES_MAX,
         guests_max: int = NFS_CACHED_GUESTS_MAX,
+        total_max: int = NFS_CACHED_REPLIES_MAX,
     ) -> None:
+        self._record = record
         self._replies_max, self._guests_max = replies_max, guests_max
-        self._replies: OrderedDict[Hashable, OrderedDict[tuple[tuple[Any, ...], int, int], bytes]]
+        self._free = list(range(total_max))
+        self._replies: OrderedDict[Hashable, OrderedDict[_Key, tuple[int, bytes]]]
         self._replies = OrderedDict()
 
     def __len__(self) -> int:
@@ -129,35 +143,51 @@ class DuplicateRequestCache:
     def find(self, guest: Hashable, source: tuple[Any, ...], xid: int, call: bytes) -> bytes | None:
         """Return the cached reply to ``call``, or None."""
         replies = self._replies.get(guest)
-        return replies.get((source, xid, _digest(call))) if replies else None
+        found = replies.get((source, xid, _digest(call))) if replies else None
+        return found[1] if found is not None else None
 
     def add(
         self, guest: Hashable, source: tuple[Any, ...], xid: int, call: bytes, reply: bytes
     ) -> None:
-        """Cache the reply to ``call``."""
-        self._insert(guest, source, xid, _digest(call), reply)
+        """Cache and record the reply to ``call``; replace an earlier one."""
+        cached = CachedReply(source, xid, _digest(call), reply)
+        self._record(self._insert(guest, cached, None), cached)
 
-    def __iter__(self) -> Iterator[CachedReply]:
-        """Iterate over all replies, oldest first for each guest."""
-        for replies in self._replies.values():
-            for (source, xid, digest), reply in replies.items():
-                yield CachedReply(source, xid, digest, reply)
+    def restore(self, replies: Iterable[tuple[int, CachedReply]]) -> None:
+        """Cache the replies that an earlier server process has recorded, with their slots."""
+        replies = list(replies)
+        used = {slot for slot, _ in replies}
+        self._free = [slot for slot in self._free if slot not in used]
+        for slot, reply in replies:
+            self._insert(reply.source[0], reply, slot)
 
-    def restore(self, replies: Iterable[CachedReply]) -> None:
-        """Cache the replies that an earlier server process saved."""
-        for reply in replies:
-            self._insert(reply.source[0], *reply)
-
-    def _insert(
-        self, guest: Hashable, source: tuple[Any, ...], xid: int, digest: int, reply: bytes
-    ) -> None:
+    def _insert(self, guest: Hashable, cached: CachedReply, slot: int | None) -> int:
+        """Cache a reply, in ``slot`` or the slot of an earlier reply or a free one; return it."""
         replies = self._replies.setdefault(guest, OrderedDict())
         self._replies.move_to_end(guest)
-        replies[source, xid, digest] = reply
-        if len(replies) > self._replies_max:
-            replies.popitem(last=False)
+        key = cached[:3]
+        earlier = replies.get(key)
+        if earlier is not None:
+            if slot is not None:
+                self._free.append(earlier[0])
+            else:
+                slot = earlier[0]
+        elif slot is None:
+            if not self._free:
+                largest = max(self._replies.values(), key=len)
+                self._evict(largest, max(1, len(largest) // 2))
+            slot = self._free.pop()
+        replies[key] = slot, cached.reply
+        self._evict(replies, len(replies) - self._replies_max)
         if len(self._replies) > self._guests_max:
-            self._replies.popitem(last=False)
+            _, evicted = self._replies.popitem(last=False)
+            self._evict(evicted, len(evicted))
+        return slot
+
+    def _evict(self, replies: OrderedDict[_Key, tuple[int, bytes]], number: int) -> None:
+        for _ in range(number):
+            _, (slot, _) = replies.popitem(last=False)
+            self._free.append(slot)
 
 
 def _digest(call: bytes) -> int:

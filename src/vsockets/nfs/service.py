@@ -55,14 +55,12 @@ class NfsService:
         verifier = os.urandom(nfs3.VERIFIER_SIZE)
         listings = ListingCache(self._signer)
         self._procedures = Procedures(self._signer, listings, verifier, transfer)
-        self._handle_store = handle_store
-        self._duplicates = DuplicateRequestCache()
-        self._duplicates.restore(handle_store.load_replies())
+        self._duplicates = DuplicateRequestCache(handle_store.replies.write)
+        self._duplicates.restore(handle_store.replies.load())
         self._pending: set[Hashable] = set()  # (source, xid) of calls in progress
 
     def close(self) -> None:
-        """Close all files and save the cached replies for the next server process."""
-        self._handle_store.save_replies(self._duplicates)
+        """Close all files."""
         for tree in self._trees:
             tree.close()
 
@@ -87,6 +85,14 @@ class NfsService:
             return rpc.encode_rejected(call.xid, RejectStat.AUTH_ERROR)
         if (source, call.xid) in self._pending:
             return None
+        procedure = PROCEDURES.get(call.procedure) if call.program == nfs3.PROGRAM else None
+        cached = procedure is not None and procedure.modifies
+        if procedure is not None and cached and call.procedure not in nfs3.REPEATABLE:
+            # The reply to a retransmission if this process is killed during the call, after which
+            # no process knows whether the call was performed.
+            results = nfs3.encode_result(procedure, Status.SERVERFAULT, None)
+            unknown = rpc.encode_accepted(call.xid, AcceptStat.SUCCESS, results)
+            self._duplicates.add(guest, source, call.xid, data, unknown)
 
         def answer(error: OSError | None = None) -> bytes | Pending:
             self._pending.discard((source, call.xid))
@@ -95,8 +101,7 @@ class NfsService:
             except NotReady as not_ready:
                 self._pending.add((source, call.xid))
                 return Pending(not_ready.steps, answer)
-            procedure = PROCEDURES.get(call.procedure)
-            if call.program == nfs3.PROGRAM and procedure is not None and procedure.modifies:
+            if cached:
                 self._duplicates.add(guest, source, call.xid, data, reply)
             return reply
 
