@@ -151,7 +151,7 @@ class SimulatedSocket:
         """Sizes are fixed."""
 
     def setblocking(self, _: bool) -> None:
-        """Nothing blocks."""
+        """Do nothing: no call blocks."""
 
 
 class SimulatedPoll:
