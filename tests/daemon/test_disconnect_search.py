@@ -68,7 +68,7 @@ def test_the_search_continues_in_steps() -> None:
         _, (fd,), _, _ = socket.recv_fds(hidden, 1, 1)
         list(disconnector._try())
         os.close(fd)
-        assert not disconnector._remaining
+        assert disconnector.remaining == []
         assert mine.recv(1) == b""
 
 
@@ -83,7 +83,7 @@ def test_a_stream_that_ends_during_the_search_is_not_left(end: str) -> None:
         else:
             mine.close()
         list(search)
-        assert not disconnector._remaining
+        assert disconnector.remaining == []
 
 
 def test_a_visible_stream_is_disconnected_at_once() -> None:

@@ -97,12 +97,13 @@ def test_all_parties_together_are_limited() -> None:
 
 
 def test_omitted_lines_are_reported_once() -> None:
-    throttle = Throttle(3)
+    throttle = Throttle(50)
     admitted = [throttle.admit("one") for _ in range(10_000)]
+    assert admitted[:50] == [0] * 50
+    while admitted[-1] is None:
+        admitted.append(throttle.admit("one"))
     left_out = sum(count for count in admitted if count is not None)
-    assert admitted[:3] == [0, 0, 0]
-    untold = throttle._buckets["one"].left_out
-    assert left_out + untold == admitted.count(None) > 0
+    assert left_out == admitted.count(None) > 0
 
 
 # Content

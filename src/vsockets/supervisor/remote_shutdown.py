@@ -38,6 +38,7 @@ from socket import (
 from typing import Any, NamedTuple
 
 from .._linux.inspection import sockets_of
+from .._linux.sockets import SO_COOKIE
 from .arch import this_architecture
 from .injection import SCRATCH_SIZE, Injector, Space, StoppedThread
 from .interception import CallInterrupted
@@ -51,7 +52,6 @@ log = logging.getLogger(__name__)
 _STOP_SECONDS = 0.1
 #: Threads of a process to try: a thread may be in a state in which it can make no call.
 _THREADS = 8
-_SO_COOKIE = 57
 _COOKIE = struct.Struct("=Q")
 #: A class of ELF files, and where it is in them.
 _ELF_CLASS, _ELF_64 = 4, 2
@@ -129,7 +129,7 @@ class _Visit:
     def _cookie_of(self, thread: StoppedThread, fd: int) -> int:
         size = _COOKIE.size
         at = self._injector.write_scratch(thread, struct.pack("=QI", 0, size))
-        arguments = (fd, SOL_SOCKET, _SO_COOKIE, at, at + size)
+        arguments = (fd, SOL_SOCKET, SO_COOKIE, at, at + size)
         if self._injector.call(thread, self._machine.getsockopt, *arguments) < 0:
             return 0
         return int(_COOKIE.unpack(self._processes.read(thread.number, at, size))[0])
