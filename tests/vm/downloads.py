@@ -33,6 +33,7 @@ __all__ = [
     "systemd_notify",
     "tls_libraries",
     "userland",
+    "vmware_tools",
 ]
 
 _STABLE = Suite(DEBIAN, "bookworm")
@@ -119,6 +120,38 @@ def _libraries(root: Path) -> dict[str, bytes]:
     """Return the libraries below ``root`` whose names end with their version."""
     paths = root.rglob("lib*.so.?")
     return {f"/lib/x86_64-linux-gnu/{path.name}": path.read_bytes() for path in paths}
+
+
+#: VMware Tools with the libraries that they load, but for the service of guest operations.
+_TOOLS = (
+    *("open-vm-tools", "libffi8", "libpcre2-8-0", "libgssapi-krb5-2", "libkrb5-3", "libcom-err2"),
+    *("libk5crypto3", "libkrb5support0", "libkeyutils1", "libudev1", "libdrm2"),
+    *("zlib1g", "libselinux1", "libmount1", "libblkid1", "libgcc-s1", "libstdc++6"),
+)
+#: Those whose names differ between Debian 12 and 13, which has 64-bit times on all architectures.
+_TOOLS_OF = {
+    "stable": (*_TOOLS, "libglib2.0-0", "libtirpc3", "libssl3", "libmspack0"),
+    "newest": (
+        *(*_TOOLS, "libglib2.0-0t64", "libtirpc3t64", "libssl3t64", "libmspack0t64"),
+        "libatomic1",
+    ),
+}
+
+
+def vmware_tools(name: str) -> dict[str, bytes]:
+    """Return Debian 12's (``stable``) or 13's (``newest``) open-vm-tools as files of a guest."""
+
+    def fill(folder: Path) -> None:
+        _SUITES[name].unpack(folder, *_TOOLS_OF[name])
+
+    root = cached(f"vmware-tools-{name}", fill)
+    programs = [*root.glob("usr/bin/vm*"), *root.glob("usr/lib/**/open-vm-tools/**/*.so")]
+    scripts = [path for path in root.glob("etc/vmware-tools/**/*") if path.is_file()]
+    files = [path for path in (*programs, *scripts) if path.is_file()]
+    return {
+        **_libraries(root),
+        **{f"/{path.relative_to(root)}": path.read_bytes() for path in files},
+    }
 
 
 _ERLANG = (
@@ -285,6 +318,8 @@ def main() -> None:
         "the modules of python3-minimal": minimal_modules,
         "a guest's ctypes": ctypes_library,
         "a guest's pyfuse3": storage_client,
+        "open-vm-tools, Debian 12's": lambda: vmware_tools("stable"),
+        "open-vm-tools, Debian 13's": lambda: vmware_tools("newest"),
         "vhost-device-vsock": rust_back_end,
         "RabbitMQ": rabbitmq,
         "nghttpx and tinyproxy": http2_proxy,

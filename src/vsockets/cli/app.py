@@ -53,6 +53,7 @@ SECTIONS: dict[str, dict[str, tuple[str, str]]] = {
     "Services": {
         "amqp": ("amqp", "Give guests access to RabbitMQ through three proxies."),
         "nfs": ("nfs", "Share folders of the host with guests over datagrams."),
+        "guestinfo": ("guestinfo", "Serve VMware Tools in guests, and the variables they ask for."),
     },
     "Measuring and help": {
         "perf": ("perf", "Measure streams and datagrams over several addresses."),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import os
 import re
 import shlex
@@ -12,7 +14,9 @@ from typing import Any
 
 import click
 
+from ..guestrpc.client import request
 from ..limits import NAME_MAX_CHARACTERS
+from ..state_folder import default_folder
 from ..vm.hardware import translate
 from ..vm.qemu_args import (
     FORMATS,
@@ -24,6 +28,7 @@ from ..vm.qemu_args import (
     machine_arguments,
 )
 from ..vmware import VmxError, read_vmx
+from . import guestinfo
 from .connect import administrator
 from .errors import CliError
 from .groups import group
@@ -250,6 +255,12 @@ def vm() -> None:
     is_flag=True,
     help="If no QEMU here supports the device, unpack Debian's newest below ~/.cache/vsockets.",
 )
+@click.option(
+    "--vmware-tools",
+    is_flag=True,
+    help="Let the guest's VMware Tools work: the machine looks like VMware's, and vsock guestinfo "
+    "serve, which must run, serves it with the variables of the .vmx file.",
+)
 @seconds_option(
     "--grace", default=10.0, help="Time that the guest has to power off when asked, in seconds."
 )
@@ -260,6 +271,7 @@ def run(
     extra: tuple[str, ...],
     qemu: str | None,
     download: bool,
+    vmware_tools: bool,
     grace: float,
     device: Device,
     cid: int | None,
@@ -278,7 +290,10 @@ def run(
         )
     require_qmp()
     program = find_qemu(device, qemu, download)
-    context.exit(_run(machine, cid, program, grace, extra))
+    tools = _VMwareTools(described["vmx"]) if vmware_tools else None
+    if tools is not None:
+        machine = dataclasses.replace(machine, vmware_serial=tools.serial)
+    context.exit(_run(machine, cid, program, grace, extra, tools))
 
 
 @vm.command("args")
@@ -389,8 +404,36 @@ def _machine(
     return machine, cid
 
 
+class _VMwareTools:
+    """The tools of the guest of a ``.vmx`` file, or of a machine without one."""
+
+    def __init__(self, vmx: Path | None) -> None:
+        """Read the file.  Raises click.UsageError if a key for the tools is invalid."""
+        self._vmx = vmx
+        #: the SMBIOS serial number, from ``uuid.bios`` as VMware makes it
+        self.serial = "VMware"
+        if vmx is not None:
+            described = read_vmx(vmx)  # has been read before
+            uuid = described.text("uuid.bios")
+            self.serial = f"VMware-{uuid}" if uuid.isprintable() and uuid else self.serial
+            guestinfo.described(vmx)
+
+    def admit(self, cid: int) -> None:
+        """Let the tools take part.  Raises CliError if the service does not run."""
+        guestinfo.admit(cid, self._vmx)
+
+    def halt(self, cid: int) -> None:
+        """Ask them to halt the guest.  Raises RequestFailed or OSError."""
+        request(default_folder(), "send", cid=cid, change="halt")
+
+
 def _run(
-    machine: MachineOptions, cid: int | None, qemu: str, grace: float, extra: tuple[str, ...]
+    machine: MachineOptions,
+    cid: int | None,
+    qemu: str,
+    grace: float,
+    extra: tuple[str, ...],
+    tools: _VMwareTools | None,
 ) -> int:
     import asyncio
 
@@ -402,12 +445,16 @@ def _run(
             raise CliError(
                 f"context {cid} is powered off (power it on: vsock context power-on {cid})"
             )
-        notice(f"context {context['cid']}; Ctrl-] powers the machine off")
+        found = context["cid"]
+        if tools is not None:
+            tools.admit(found)
+        notice(f"context {found}; Ctrl-] powers the machine off")
         running = RunningMachine(
             machine,
-            *(qemu, control, context["cid"]),
+            *(qemu, control, found),
             extra=extra,
             grace=grace,
+            halt=None if tools is None else functools.partial(tools.halt, found),
             report=notice,
         )
         try:

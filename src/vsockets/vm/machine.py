@@ -23,6 +23,7 @@ from pathlib import Path
 from qemu.qmp import QMPClient, QMPError
 
 from ..control import Control
+from ..guestrpc.client import RequestFailed
 from ..limits import LOG_LINES_PER_SECOND
 from ..logs import Throttle
 from .lifecycle_sync import LifecycleSync
@@ -80,12 +81,14 @@ class RunningMachine:
         *,
         extra: tuple[str, ...] = (),
         grace: float = 10.0,
+        halt: Callable[[], object] | None = None,
         report: Callable[[str], None],
     ) -> None:
         """Prepare to run ``machine`` with the QEMU program ``qemu`` and the arguments ``extra``.
 
-        ``grace`` is the time in seconds that the guest has to power off when asked to; ``report``
-        receives lines for the user.
+        ``grace`` is the time in seconds that the guest has to power off when asked to.  ``halt``
+        is called in a thread to ask it by other means than its power button, and raises OSError or
+        RequestFailed when that is impossible.  ``report`` receives lines for the user.
         """
         self._machine = machine
         self._program = qemu
@@ -93,6 +96,7 @@ class RunningMachine:
         self._cid = cid
         self._extra = extra
         self._grace = grace
+        self._halt = halt
         self._report = report
         self._qmp = QMPClient(str(cid))
         self._status = 0
@@ -243,9 +247,22 @@ class RunningMachine:
     async def _power_down(self, kill: Callable[[], None]) -> None:
         self._report(f"powering off (repeat to end at once; limit: {self._grace:g} s)")
         with contextlib.suppress(QMPError):
-            await self._qmp.execute("system_powerdown")
+            if not await self._halted():
+                await self._qmp.execute("system_powerdown")
             await asyncio.sleep(self._grace)
         kill()
+
+    async def _halted(self) -> bool:
+        """Ask the guest's tools to halt it; return whether they have agreed."""
+        if self._halt is None:
+            return False
+        try:
+            async with asyncio.timeout(self._grace / 2):
+                await asyncio.to_thread(self._halt)
+        except (OSError, RequestFailed) as error:  # TimeoutError is an OSError
+            self._report(f"VMware Tools: {error}; pressing the power button")
+            return False
+        return True
 
 
 @contextlib.asynccontextmanager

@@ -64,6 +64,13 @@ class MachineOptions:
     firmware: str = ""  #: path of a UEFI firmware; empty: QEMU's BIOS
     disks: tuple[Disk, ...] = ()
     cards: tuple[Card, ...] = ()
+    #: a serial number for VMware Tools, which then take the machine for VMware's; empty: no such
+    #: machine
+    vmware_serial: str = ""
+
+
+#: What systemd-detect-virt, cloud-init and the tools' unit look for.
+_VMWARE_SYSTEM = "type=1,manufacturer=VMware,, Inc.,product=VMware Virtual Platform"
 
 
 def machine_arguments(machine: MachineOptions, device_socket: str) -> list[str]:
@@ -79,7 +86,11 @@ def machine_arguments(machine: MachineOptions, device_socket: str) -> list[str]:
     # With one possible processor, QEMU 11.1 emulates LOCK without a lock: the guest's barriers then
     # do not order its accesses for the device's process, and a wake-up may be lost.
     processors = f"{machine.cpus},maxcpus={max(machine.cpus, 2)}"
-    args += ["-cpu", "max", "-smp", processors, "-m", f"{machine.memory}M"]
+    # VMware Tools end at once under a hypervisor that names itself another one.
+    hidden = ",kvm=off,tcg-cpuid=off" if machine.vmware_serial else ""
+    args += ["-cpu", f"max{hidden}", "-smp", processors, "-m", f"{machine.memory}M"]
+    if machine.vmware_serial:
+        args += ["-smbios", f"{_VMWARE_SYSTEM},serial={_quoted(machine.vmware_serial)}"]
     # Shared, because the device's process accesses the guest's memory.
     args += ["-object", f"memory-backend-memfd,id=mem,size={machine.memory}M,share=on"]
     # Without graphics, the BIOS and boot loaders use the console.

@@ -1,0 +1,239 @@
+"""``vsock guestinfo``, with tools that are played by this process as guests of the fabric."""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import gzip
+import json
+import os
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import vsockets
+from vsockets.attachment import Attachment
+from vsockets.guestrpc.packets import RPCI_PORT, TCLO_PORT, Decoder, encode, encode_ping
+from vsockets.testing import PrivateFabric, wait_until
+
+from .vsock import PATIENCE, Running, Vsock
+
+VMX = """\
+virtualHW.version = "19"
+displayName = "web"
+guestinfo.userdata = "c2VjcmV0"
+guestinfo.userdata.encoding = "base64"
+guest_rpc.rpci.auth.cmd.info-get = "FALSE"
+"""
+
+
+class PlayedTools:
+    """A connection of a guest's tools."""
+
+    def __init__(self, guest: Attachment, port: int, source: int = vsockets.VMADDR_PORT_ANY):
+        self._sock = vsockets.socket(context=guest)
+        self._sock.settimeout(PATIENCE)
+        self._decoder = Decoder()
+        if source != vsockets.VMADDR_PORT_ANY:
+            self._sock.bind((vsockets.VMADDR_CID_ANY, source))
+        self._sock.connect((0, port))
+
+    def __enter__(self) -> PlayedTools:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._sock.close()
+
+    def send(self, data: bytes) -> None:
+        """Send bytes as they are."""
+        self._sock.sendall(data)
+
+    def receive(self) -> bytes:
+        """Return the payload of the next packet, or b"" at the end."""
+        while data := self._sock.recv(65_536):
+            for packet in self._decoder.feed(data):
+                return packet.payload
+        return b""
+
+    def ask(self, request: bytes) -> bytes:
+        """Return the reply to a request."""
+        self.send(encode(request))
+        return self.receive()
+
+
+@pytest.fixture
+def guest(fabric: PrivateFabric) -> Iterator[Attachment]:
+    """A guest whose programs may bind reserved ports, as root of a machine may."""
+    added = fabric.control.add_context(reserved_ports=True)
+    yield vsockets.attach(added["folder"])
+    fabric.control.remove_context(added["cid"])
+
+
+@pytest.fixture
+def service(vsock: Vsock, tmp_path: Path) -> Running:
+    """The service, listening."""
+    running = vsock.start("guestinfo", "serve", "--state", tmp_path / "state")
+    assert running.error_line() == "serving VMware Tools at CID 0, ports 976 and 975"
+    return running
+
+
+def _children(pid: int) -> list[int]:
+    return [int(one) for one in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def ask(guest: Attachment, request: bytes, source: int = 1023) -> bytes:
+    """Return the reply to a one-shot request."""
+    with PlayedTools(guest, RPCI_PORT, source) as tools:
+        return tools.ask(request)
+
+
+def test_a_guest_takes_part_once_it_is_enabled(
+    vsock: Vsock, service: Running, guest: Attachment, tmp_path: Path
+) -> None:
+    cid = str(guest.cid)
+    with PlayedTools(guest, RPCI_PORT) as tools, contextlib.suppress(OSError):
+        assert tools.ask(b"info-get guestinfo.userdata") == b""
+    refused = vsock("guestinfo", "set", cid, "a", "b", expect=1).stderr
+    assert (
+        refused == f"vsock: guest {cid} does not take part (first: vsock guestinfo enable {cid})\n"
+    )
+    vmx = tmp_path / "web.vmx"
+    vmx.write_text(VMX)
+    vsock("guestinfo", "enable", cid, "--vmx", vmx)
+    assert ask(guest, b"info-get guestinfo.userdata", vsockets.VMADDR_PORT_ANY) == b"1 c2VjcmV0"
+    assert ask(guest, b"info-set guestinfo.x 1", vsockets.VMADDR_PORT_ANY) == b"0 Permission denied"
+    assert ask(guest, b"info-set guestinfo.userdata ---") == b"1 "
+    assert vsock("guestinfo", "get", cid, "userdata").stdout == "---\n"
+    listed = json.loads(vsock("guestinfo", "ls", cid, "--json").stdout)
+    assert {"name": "guestinfo.userdata", "set_by": "host", "value": "c2VjcmV0"} in listed
+    assert "guestinfo.userdata.encoding" in vsock("guestinfo", "ls", cid).stdout
+    vsock("guestinfo", "disable", cid)
+    assert json.loads(vsock("guestinfo", "ls", "--json").stdout) == []
+
+
+def test_setting_variables(
+    vsock: Vsock, service: Running, guest: Attachment, tmp_path: Path
+) -> None:
+    cid = str(guest.cid)
+    vsock("guestinfo", "enable", cid)
+    data = tmp_path / "user-data"
+    data.write_bytes(b"#cloud-config\n\xff\n")
+    vsock("guestinfo", "set", cid, "userdata", "--file", data, "--encode", "gzip+base64")
+    reply = ask(guest, b"info-get guestinfo.userdata")
+    assert gzip.decompress(base64.b64decode(reply[2:])) == data.read_bytes()
+    assert ask(guest, b"info-get guestinfo.userdata.encoding") == b"1 gzip+base64"
+    vsock("guestinfo", "set", cid, "guestinfo.metadata", "--file", data)
+    assert ask(guest, b"info-get guestinfo.metadata") == b"1 " + data.read_bytes()
+    vsock("guestinfo", "unset", cid, "metadata")
+    assert ask(guest, b"info-get guestinfo.metadata") == b"0 No value found"
+    assert (
+        "has no guestinfo.metadata" in vsock("guestinfo", "get", cid, "metadata", expect=1).stderr
+    )
+
+
+def test_the_daemon_of_a_guest(vsock: Vsock, service: Running, guest: Attachment) -> None:
+    cid = str(guest.cid)
+    vsock("guestinfo", "enable", cid)
+    with PlayedTools(guest, TCLO_PORT) as tools:
+        assert tools.receive() == b"reset"
+        tools.send(encode(b"OK ATR toolbox\0") + encode_ping())
+        for expected in (b"Capabilities_Register", b"Set_Option synctime 0"):
+            assert tools.receive() == expected
+            tools.send(encode(b"OK "))
+        assert tools.receive() == b"Set_Option broadcastIP 1"
+        assert ask(guest, b"info-set guestinfo.ip 192.0.2.7") == b"1 "
+        assert ask(guest, b"SetGuestInfo  1 web.example") == b"1 "
+        tools.send(encode(b"OK "))
+        assert service.error_line() == f"guest {cid}: VMware Tools are running"
+        table = vsock("guestinfo", "ls").stdout.split("\n")[1].split()
+        assert table == [cid, "running", "web.example", "192.0.2.7", "-"]
+        halting = vsock.start("guestinfo", "send", cid, "halt")
+        assert tools.receive() == b"OS_Halt"
+        tools.send(encode(b"OK "))
+        halting.finish()
+        refused = vsock.start("guestinfo", "send", cid, "reboot")
+        assert tools.receive() == b"OS_Reboot"
+        tools.send(encode(b"ERROR not now"))
+        assert "the tools refuse OS_Reboot: b'not now'" in refused.finish(expect=1)[1]
+    assert service.error_line() == f"guest {cid}: VMware Tools have disconnected"
+    said = vsock("guestinfo", "send", cid, "halt", expect=1).stderr
+    assert said == f"vsock: guest {cid}: no VMware Tools are connected\n"
+
+
+def test_connections_wait_while_the_service_is_replaced(
+    vsock: Vsock, service: Running, guest: Attachment
+) -> None:
+    """The tools exit when a single reconnect fails."""
+    vsock("guestinfo", "enable", guest.cid)
+    assert ask(guest, b"info-set guestinfo.kept yes") == b"1 "
+    (child,) = _children(service.process.pid)
+    os.kill(child, signal.SIGSTOP)
+    with PlayedTools(guest, RPCI_PORT, 1022) as tools:
+        tools.send(encode(b"info-get guestinfo.kept"))
+        os.kill(child, signal.SIGKILL)
+        assert tools.receive() == b"1 yes"
+    assert "was ended by signal 9; starting another one" in service.error_line()
+    service.process.send_signal(signal.SIGTERM)
+    service.finish()
+    assert not (vsock.folder / "guestinfo").exists()
+
+
+def test_hostile_guests_end_themselves_only(
+    vsock: Vsock, service: Running, guest: Attachment
+) -> None:
+    vsock("guestinfo", "enable", guest.cid)
+    with PlayedTools(guest, RPCI_PORT) as bad, PlayedTools(guest, RPCI_PORT, 1022) as good:
+        bad.send(b"\xff" * 100)
+        with contextlib.suppress(ConnectionResetError):
+            assert bad.receive() == b""
+        assert good.ask(b"info-get guestinfo.a") == b"0 No value found"
+        # Longer than any value: a reply, and not the end, which would kill the tools by SIGPIPE.
+        good.send(encode(b"info-set guestinfo.a " + bytes(2_200_000)))
+        assert good.receive() == b"0 Value too long"
+        assert good.ask(b"info-get guestinfo.a") == b"0 No value found"
+    assert "disconnected: a packet of 4294967295 bytes" in service.error_line()
+
+
+def test_many_connections_of_one_guest(vsock: Vsock, service: Running, guest: Attachment) -> None:
+    vsock("guestinfo", "enable", guest.cid)
+    with contextlib.ExitStack() as stack:
+        all_ = [stack.enter_context(PlayedTools(guest, RPCI_PORT)) for _ in range(80)]
+
+        def served() -> int:
+            number = 0
+            for tools in all_:
+                with contextlib.suppress(OSError):
+                    number += tools.ask(b"log x") == b"1 "
+            return number
+
+        assert served() == 64
+    wait_until(lambda: ask(guest, b"log x") == b"1 ", "connections to be counted down")
+
+
+def test_bad_command_lines(vsock: Vsock, tmp_path: Path) -> None:
+    vmx = tmp_path / "bad.vmx"
+    vmx.write_text('guest_rpc.rpci.auth.cmd.info-get = "perhaps"\n')
+    vsock.fail(
+        ("guestinfo get 7", 2, "NAME"),
+        ("guestinfo set 7 a", 2, "expected either VALUE or --file"),
+        ("guestinfo set 7 a b --file /c", 2, "expected either VALUE or --file"),
+        ("guestinfo set 7 a --file /none/such", 2, "--file /none/such: No such file"),
+        ("guestinfo get 7 a=b", 2, "NAME 'a=b': expected at most 256 printable ASCII"),
+        ("guestinfo send 7 fly", 2, "CHANGE"),
+        (f"guestinfo enable 7 --vmx {vmx}", 2, "expected TRUE or FALSE"),
+        ("guestinfo ls", 1, "start it: vsock guestinfo serve"),
+    )
+
+
+def test_a_state_file_that_is_no_database(vsock: Vsock, tmp_path: Path) -> None:
+    state = tmp_path / "state"
+    state.write_bytes(b"something else" * 100)
+    said = vsock("guestinfo", "serve", "--state", state, expect=1).stderr
+    assert "not a database" in said
+
+
+def test_a_second_service_is_refused(vsock: Vsock, service: Running, tmp_path: Path) -> None:
+    said = vsock("guestinfo", "serve", "--state", tmp_path / "other", expect=1).stderr
+    assert "cannot listen on vsock:0:976: Address already in use" in said
