@@ -1,4 +1,4 @@
-"""A guest program that asks the host who it is."""
+"""A client in a guest: it asks a service of the host for its own address."""
 
 import socket
 

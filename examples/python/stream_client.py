@@ -1,4 +1,4 @@
-"""A guest program that talks to the host's service."""
+"""A client in a guest: it connects to a service of the host."""
 
 import socket
 
