@@ -29,7 +29,7 @@ test-downloads:
 test-site: site
 
 test-pytest:
-	$(BIN)/python tests/retry.py --numprocesses 2 --dist loadfile  # much of the time a test waits
+	$(BIN)/python tests/retry.py --numprocesses 2 --dist loadfile --no-loadscope-reorder  # much of the time a test waits
 
 # Root runs a part of them again: as an ordinary user, and on Debian 13 if mmdebstrap is installed.
 test-ordinary-user:
