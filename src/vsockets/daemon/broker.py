@@ -578,7 +578,7 @@ class Broker:
     def _drop_listener(self, target: Listener) -> None:
         """Drop a listener whose program cannot receive announcements.
 
-        It has shut down reading, or closed the socket.
+        The program has shut down reading, or closed the socket.
         """
         target.channel.send(Record(errno.EBADF).encode())  # the client must not reconnect
         self._drop(target.channel)

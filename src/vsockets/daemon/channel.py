@@ -400,7 +400,7 @@ def has_too_many_unwanted(party: Party) -> bool:
 def receive_with_descriptor(sock: _socket.socket) -> int | None:
     """Read a message from a packet socket; return the descriptor that came with it, if any.
 
-    There is space for one: the kernel drops any others.
+    The ancillary space fits one descriptor: the kernel drops any others.
     """
     _, ancillary, _, _ = sock.recvmsg(1, _AUTHOR_AND_FD, MSG_DONTWAIT | MSG_CMSG_CLOEXEC)
     return descriptor_in(ancillary)

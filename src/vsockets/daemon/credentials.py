@@ -50,9 +50,9 @@ class Peer:
     """The process that connected ``sock``: a :class:`vsockets.fabric.Program`.
 
     User and groups are those at the time of connect.  Everything else is read from ``/proc`` when a
-    decision needs it.  The process runs meanwhile, and may be hostile: it can exit, create a user
-    namespace, or execute a program with more rights, between any two system calls of vsockd.  So
-    an answer counts only if no event in between can make it wrong:
+    decision needs it.  The process runs during the reading, and may be hostile: it can exit, create
+    a user namespace, or execute a program with more rights, between any two system calls of vsockd.
+    So an answer counts only if no event in between can make it wrong:
 
     - a pidfd of the peer, alive *after* the reading, proves that the process id was not reused;
     - its user namespace is read *after* its capabilities: a process that has left vsockd's

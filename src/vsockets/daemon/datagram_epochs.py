@@ -5,13 +5,13 @@ then belongs to another guest, and ignore the policy of the next vsockd.  Theref
 sockets contain the *epoch* of the vsockd that bound them, 64 random bits.  A regular stop ends the
 sockets of its own epoch.  After a crash the next vsockd in the state folder ends the old sockets,
 before it serves the first request.  Any user can open very many descriptors, so either search takes
-at most a second.  It looks first into the processes with the fewest descriptors; the rest is
-deferred work of the next vsockd (:mod:`.scheduling`).
+at most a second.  A search begins with the processes that have the fewest descriptors; what remains
+is deferred work of the next vsockd (:mod:`.scheduling`).
 
 - A route is shut down: its sender gets EPIPE, and requests a route from the next vsockd.
 - A program's own socket is connected to a socket that is then closed, so that no datagram can reach
-  it any longer, not even over a route whose descriptor was hidden from vsockd.  Its next receive
-  fails with ECONNRESET.  (The kernel reports that error when a peer with unread datagrams
+  it any longer, not even over a route whose descriptor was hidden from vsockd.  The program's next
+  receive fails with ECONNRESET.  (The kernel reports that error when a peer with unread datagrams
   disconnects.)
 
 The sockets are found as :mod:`.streams` finds streams, and with the same rights.

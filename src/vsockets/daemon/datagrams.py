@@ -113,9 +113,9 @@ class Route:
 class DatagramQuota:
     """The routes of one party and their unread bytes.
 
-    The kernel reports how many bytes sent over a route are unread.  They are memory of the host's
-    kernel, which a guest may fill.  The last reported value is kept with each route, and their sum
-    with the party, so the cost of a new route does not depend on the number of routes.
+    The kernel reports how many bytes sent over a route are unread.  Unread bytes are memory of the
+    host's kernel, which a guest may fill.  The last reported value is kept with each route, and
+    their sum with the party, so the cost of a new route does not depend on the number of routes.
     """
 
     def __init__(self, party: Party, limited: bool) -> None:
@@ -193,8 +193,8 @@ class DatagramQuota:
     def evict_oldest(self) -> None:
         """Close one of the oldest routes, to make space for another one.
 
-        Its program requests it again when needed.  A route with unread bytes is not closed: only
-        vsockd's duplicate shows when they have been read.
+        The program requests the route again when it needs the route.  A route with unread bytes is
+        not closed: only vsockd's duplicate shows when they have been read.
         """
         self.reclaim()
         for route in list(islice(self._routes, _OLDEST)):
@@ -275,7 +275,7 @@ class _Share:
 class Traffic(NamedTuple):
     """Bytes of unread datagrams by address, as the kernel accounts them.
 
-    They are slightly more than the payload.
+    The kernel's numbers are slightly larger than the payload.
     """
 
     by_sender: Counter[tuple[int, int]]  #: sent from the address

@@ -126,7 +126,7 @@ class NamedListener(Listener):
         self._capacity = min(backlog, LISTEN_BACKLOG_MAX)
 
     def has_room(self) -> bool:
-        """Return whether the backlog has space; if so, create a token for the connection."""
+        """Return whether the backlog has space; if so, create a token socket for the connection."""
         if not super().has_room() or not self.is_open():
             return False
         if self._next_token is None:
@@ -141,7 +141,7 @@ class NamedListener(Listener):
             self._remove_pending(1)
 
     def announce(self, record: bytes, fd: int, party: Party) -> None:
-        """Connect a token to the socket, and send the record and the descriptor over it."""
+        """Connect a token socket to the program's; send the record and the descriptor over it."""
         token, self._idle_token = self._idle_token, None
         connected = was_idle = token is not None
         if token is None:

@@ -56,7 +56,7 @@ class NamedSocket:
         """Return whether any process has the program's socket open.
 
         ``other_type`` is any type that the program's socket does not have, so that the probe's
-        connect fails in either case, each with its own errno.
+        connect always fails: with an errno for an open socket, another for a closed one.
         """
         # The kernel looks up the socket before it compares the types.
         return probe_of(int(other_type)).connect_ex(self.path) == errno.EPROTOTYPE

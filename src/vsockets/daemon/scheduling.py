@@ -144,7 +144,7 @@ class RequestTurns:
             queue.epoll.close()
 
     def _serve(self, _: int) -> None:
-        """Serve all hang-ups and some requests of each party; the rest waits for its next turn.
+        """Serve all hang-ups and some requests of each party; the others wait for its next turn.
 
         Hang-ups come first, as in the loop: a port released before a request was made is free.
         """
