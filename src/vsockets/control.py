@@ -77,8 +77,8 @@ class Control:
 
         ``connects`` counts streams that the context's programs opened, ``accepts`` streams that
         were opened to the context; ``refusals`` counts requests that failed with an errno, and
-        ``denials`` those that a rule denied, by rule.  These only increase.  ``sockets`` and
-        ``streams`` are the current numbers.  The four numbers of bytes are those of
+        ``denials`` those that a rule denied, by rule.  These counters only increase.  ``sockets``
+        and ``streams`` are the current numbers.  The four numbers of bytes are those of
         :meth:`sockets`, summed over all streams of a virtual machine; None in other contexts.
         """
         return self._request("counts")  # type: ignore[no-any-return]
@@ -219,7 +219,7 @@ class Control:
         """Replace vsockd by a new process of what is installed now; return its process id.
 
         The new process takes over all sockets, streams, guests, leases and subscribers of events.
-        Requests that are made meanwhile wait.
+        Requests made during the replacement wait.
 
         Raises OSError with the reason when the new process cannot take over; then the present one
         continues.

@@ -1,8 +1,8 @@
 """Protection of sockets against unwanted descriptors in received messages (SCM_RIGHTS).
 
 A receiver that does not take a descriptor out of a message still pays for it: its next ``recv``,
-``splice`` or ``close`` closes the descriptor, in the calling thread.  That can block for as long as
-the sender chooses, if the descriptor is a TCP socket with SO_LINGER or a file on FUSE.
+``splice`` or ``close`` closes the descriptor, in the calling thread.  The close can block for as
+long as the sender chooses, if the descriptor is a TCP socket with SO_LINGER or a file on FUSE.
 
 Since Linux 6.16 a socket can refuse descriptors (SO_PASSRIGHTS); the sender gets EPERM.  On older
 kernels a guarded socket receives descriptors, and passes them to threads that close them.

@@ -1,8 +1,8 @@
 """One HTTP/2 connection that carries sessions as streams; ``h2`` implements the protocol.
 
-*Streams.*  A stream that CONNECT has opened (RFC 9113, section 8.5) is an asyncio transport.  Its
-protocol sees the same as on a TCP connection: bytes in order both ways, half-close, and separate
-back-pressure.
+*Streams.*  A stream that CONNECT has opened (RFC 9113, section 8.5) is an asyncio transport.  The
+protocol of such a transport sees the same as on a TCP connection: bytes in order both ways,
+half-close, and separate back-pressure.
 
 *Flow control.*  The reader of a stream opens that stream's window.  ``pause_reading()`` keeps it
 closed; bytes that the window permitted before still arrive, AMQP_SESSION_WINDOW_BYTES at most.  The

@@ -87,7 +87,7 @@ def add(
     off: bool,
     as_json: bool,
 ) -> None:
-    """Add a guest and print its CID.  Starts vsockd if need be."""
+    """Add a guest and print its CID.  Starts vsockd if it does not run."""
     legacy = profile is Profile.LEGACY
     if not legacy and (unrestricted or domain is not None):
         raise click.UsageError("--unrestricted and --domain need --profile legacy")
@@ -210,7 +210,7 @@ def suspend(cid: int) -> None:
 @context.command("resume")
 @cid_argument
 def resume(cid: int) -> None:
-    """Resume a suspended guest.  Its listening sockets still exist."""
+    """Resume a suspended guest.  The guest's listening sockets still exist."""
     with administrator() as control:
         report_left(control.resume(cid))
 
@@ -260,7 +260,7 @@ def _read_address(text: str) -> tuple[int, int]:
 @argument("local", type=_read_address, metavar="CID:PORT")
 @argument("peer", type=_read_address, metavar="CID:PORT")
 def disconnect(local: tuple[int, int], peer: tuple[int, int]) -> None:
-    """Close the stream between two addresses.  Their order does not matter.
+    """Close the stream between two addresses.  The order of the addresses does not matter.
 
     Both ends see the same as when a guest is suspended; vsockd logs the user who asked.
     """

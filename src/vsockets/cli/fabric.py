@@ -1,8 +1,8 @@
 """``vsock fabric``: run a command in a private fabric that ends with it.
 
-There are two processes.  This one becomes ``vsock run`` for the command.  The other, the *keeper*,
-has the fabric, starts programs for each ``vsock run`` within the command (:mod:`.delegation`), and
-removes everything when the command has ended or this process is killed.
+The command has two processes.  This process becomes ``vsock run`` for the command.  The other, the
+*keeper*, has the fabric, starts programs for each ``vsock run`` within the command
+(:mod:`.delegation`), and removes everything when the command has ended or this process is killed.
 """
 
 from __future__ import annotations

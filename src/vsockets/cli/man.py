@@ -27,7 +27,7 @@ _ENVIRONMENT = (
 def man(context: click.Context, folder: Path) -> None:
     """Write the manual pages of all commands.
 
-    They go to DIR/man1, and vsockd's page to DIR/man8.
+    The pages go to DIR/man1, vsockd's to DIR/man8.
     """
     from ..daemon.__main__ import make_parser
 

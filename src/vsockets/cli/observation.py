@@ -1,7 +1,7 @@
 """Facts that ls, top and web add to vsockd's reports: queues, owners of sockets, and rates.
 
 *Queues* are the kernel's records of unix sockets, by ``sock_diag(7)`` as in ``ss -x``.  Any user
-may read them.  They cover this network namespace only: sockets of programs in containers are
+may read them.  The records cover this network namespace only: sockets of programs in containers are
 missing.
 
 *Owners* are for display only: no decision depends on them.  vsockd knows, from the kernel, the

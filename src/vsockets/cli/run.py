@@ -83,7 +83,7 @@ def run(
 
     The context is by default the one that this command is in, as in a container that is a guest,
     and otherwise a new guest, which is removed when the program and all its children have ended.
-    Starts vsockd if need be.
+    Starts vsockd if it does not run.
     """
     if reserved_ports and cid == VMADDR_CID_HOST:
         raise click.UsageError("--reserved-ports: not allowed for the host (expected a guest)")
@@ -188,7 +188,7 @@ def environment(folder: str | Path) -> dict[str, str]:
 def context_of(
     control: Control, cid: int | None, name: str, reserved_ports: bool = False
 ) -> dict[str, Any]:
-    """Return the row of the context to run something in; create the context if need be.
+    """Return the row of the context to run something in; create the context if it does not exist.
 
     ``leased`` in the result is True if ``control`` has a lease of the context.
 

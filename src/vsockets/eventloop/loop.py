@@ -1,7 +1,7 @@
 """The event loop: one thread, one epoll, a heap of timers; and accept loops on it.
 
-It replaces asyncio for speed: a connection costs vsockd about a dozen system calls, and asyncio's
-bookkeeping would add about half as much to each of them.
+The loop replaces asyncio for speed: a connection costs vsockd about a dozen system calls, and
+asyncio's bookkeeping would add about half as much to each of them.
 """
 
 from __future__ import annotations
@@ -223,7 +223,8 @@ OUT_OF_RESOURCES = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS)
 class Acceptor:
     """An accept loop that owns ``listener`` and passes each accepted descriptor to ``admit``.
 
-    It pauses while resources are exhausted, and for the seconds that ``admit`` returns, if any.
+    The acceptor pauses while resources are exhausted, and for the seconds that ``admit`` returns,
+    if any.
     """
 
     def __init__(

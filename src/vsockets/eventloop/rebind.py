@@ -1,9 +1,9 @@
 """Detection of vsockd's end, and binding again once another vsockd serves.
 
 A listening stream reports vsockd's end itself (ENETDOWN).  A datagram socket does not: the next
-vsockd does not know it, so it silently receives nothing.  Its owner therefore also keeps a
-*lifeline*: a bound stream socket that serves only as a signal, because its connection to vsockd
-ends together with vsockd.
+vsockd does not know it, so it silently receives nothing.  The owner of such a socket therefore also
+keeps a *lifeline*: a bound stream socket that serves only as a signal, because its connection to
+vsockd ends together with vsockd.
 """
 
 from __future__ import annotations

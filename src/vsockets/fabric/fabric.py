@@ -365,7 +365,7 @@ def _in_scope(context: Context, endpoint: Endpoint) -> bool:
 def _require_scope(destination: Context, source: Endpoint) -> None:
     """Raise Refused when a socket bound to VMADDR_CID_LOCAL would reach another context.
 
-    There its address would be taken for a local one of that context.
+    In the other context the socket's address would be mistaken for a local address.
     """
     if not _in_scope(destination, source):
         raise Refused(

@@ -159,7 +159,7 @@ class Credentials(NamedTuple):
 class Program(Protocol):
     """The program that makes a request.
 
-    Its rights are read from the kernel only if a decision depends on them.
+    The program's rights are read from the kernel only if a decision depends on them.
     """
 
     @property
@@ -187,7 +187,7 @@ class Trust:
 
 
 class Counts:
-    """Counters of one context's activity.  They only increase."""
+    """Counters of one context's activity.  The counters only increase."""
 
     __slots__ = ("accepts", "connects", "denials", "refusals")
 
@@ -562,7 +562,7 @@ class Party:
 
     @property
     def is_in_use(self) -> bool:
-        """True if the party holds anything that is counted."""
+        """True if the party has sockets, connections, routes or anything else that is counted."""
         return bool(self.sockets or self.routes or self.pending or self.channels)
 
     def is_at_limit(self) -> bool:

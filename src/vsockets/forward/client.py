@@ -39,7 +39,7 @@ def party_of(name: Any) -> Hashable:
 
 
 def caused_by(name: Any) -> dict[str, Any]:
-    """Return the ``extra`` of a log line that a client with the address ``name`` has caused."""
+    """Return the ``extra`` argument of a logging call about the client at the address ``name``."""
     return by(party_of(name))
 
 

@@ -1,9 +1,9 @@
 """Connections to a locator of any kind, such as the target of a forward, and name resolution.
 
 Each connection looks up its target's name again, so that a target that moves is found.
-``getaddrinfo`` blocks until name servers answer, so it runs in threads.  Their number is bounded,
-in total and for each party, and simultaneous lookups of one name for one party share a thread.
-The threads are daemons, so that a silent name server does not delay the program's end.
+``getaddrinfo`` blocks until name servers answer, so it runs in threads.  The number of threads is
+bounded, in total and for each party, and simultaneous lookups of one name for one party share a
+thread.  The threads are daemons, so that a silent name server does not delay the program's end.
 """
 
 from __future__ import annotations

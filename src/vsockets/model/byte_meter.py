@@ -26,7 +26,7 @@ class Moved(NamedTuple):
         return Moved(self.sent + sent, self.received + received)
 
     def reversed(self) -> Moved:
-        """Return the same numbers as the other end sees them."""
+        """Return these numbers from the view of the stream's other end."""
         return Moved(self.received, self.sent)
 
 

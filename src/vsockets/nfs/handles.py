@@ -1,7 +1,7 @@
 """File handles: their signatures, and the locations of the files they identify.
 
 A handle contains an export, the inode of a file and its birth time, which distinguishes the file
-from a later one with the same inode.  It is signed so that a guest cannot forge one, and valid
+from a later one with the same inode.  A handle is signed so that no guest can forge it, and valid
 while the file exists, also under another name.
 
 The server records where files are, to find a file by its handle: in an SQLite table, so that

@@ -1,6 +1,6 @@
 """Directory listings in an order that changes to the directory do not disturb.
 
-The cookie of a name is a keyed hash of it, and a listing is sorted by cookie.  It therefore
+The cookie of a name is a keyed hash of it, and a listing is sorted by cookie.  A listing therefore
 continues at the right position after any names are added or removed, and after a restart of the
 server.
 

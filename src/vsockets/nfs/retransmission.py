@@ -1,7 +1,7 @@
 """Retransmission of calls: timeouts of the client, and duplicate requests at the server.  No I/O.
 
-The client has timeouts (RFC 6298) and a window of calls in flight (AIMD).  Its caller supplies the
-time, in seconds of a clock of its choice.
+The client has timeouts (RFC 6298) and a window of calls in flight (AIMD).  The calling code
+supplies the time, in seconds of any monotonic clock.
 
 The server's duplicate request cache is Juszczak's remedy (USENIX 1989) for non-idempotent calls
 over a transport that loses replies: a retransmitted call gets the cached reply, and is not

@@ -1,9 +1,9 @@
 """The seccomp filters, which select the system calls to intercept.
 
 A filter is a program in classic BPF that sees a call's number and the values of its six arguments,
-but no memory.  It is assembled here from *rules*: a call, conditions on arguments, and an action.
-The first rule that matches decides.  A call without a rule is allowed, and the kernel caches that
-(Linux 5.11), so that such calls cost nothing.
+but no memory.  A filter is assembled here from *rules*: a call, conditions on arguments, and an
+action.  The first rule that matches decides.  A call without a rule is allowed, and the kernel
+caches that (Linux 5.11), so that such calls cost nothing.
 """
 
 from __future__ import annotations

@@ -121,8 +121,8 @@ class StoppedThread:
     def may_step(self) -> bool:
         """Return whether the supervisor may stop the thread by a SIGTRAP of the kernel.
 
-        It may not where the program may ignore SIGTRAP: the kernel would reset that, because a
-        signal that it raises itself cannot be ignored.
+        A thread whose program may ignore SIGTRAP must not be stopped so: the kernel would reset
+        that, because a signal that it raises itself cannot be ignored.
         """
         return False
 
@@ -131,7 +131,7 @@ class Injector:
     """Injects calls into stopped threads.
 
     Each method may raise CallInterrupted: the thread has been killed, or another thread of its
-    process executes a program.  Its wait status is then in :attr:`unread`.
+    process executes a program.  The wait status of the thread is then in :attr:`unread`.
     """
 
     def __init__(self, machine: Architecture, ptrace: Ptrace, processes: Processes) -> None:
@@ -262,7 +262,7 @@ class Injector:
             self.call(thread, self._machine.close, copy)
 
     def scratch(self, thread: StoppedThread) -> int:
-        """Return the address of the supervisor's page in a thread's memory; map it if need be."""
+        """Return the address of the supervisor's page in a thread's memory; mapped if needed."""
         if not thread.space.scratch:
             arguments = (0, SCRATCH_SIZE, _READ_WRITE, _PRIVATE_ANONYMOUS, _NO_DESCRIPTOR, 0)
             thread.space.scratch = self.checked(thread, self._machine.mmap, *arguments)
@@ -365,8 +365,8 @@ class Injector:
     def _step_over(self, thread: StoppedThread) -> int:
         """Have a thread make the call that it has been moved to; return the result.
 
-        One stop instead of the two of entering and leaving the call: each takes two context
-        switches.
+        A single step needs one stop, and entering and leaving the call two; each stop takes two
+        context switches.
         """
         first, behind = thread.instruction, thread.instruction + len(self._ptrace.trap)
         while True:

@@ -57,7 +57,7 @@ class InterceptedCall:
         self.arguments = arguments
 
     def is_repeated_by(self, later: InterceptedCall, used: int) -> bool:
-        """Return whether ``later`` is this call made again.
+        """Return whether ``later`` is a repetition of this call by its thread.
 
         The kernel makes a call again after a signal, and so does a program that got EINTR.
         """
@@ -157,7 +157,7 @@ class Interceptor(Protocol):
     def duplicate(self, pid: int, fd: int) -> int:
         """Return a copy of a thread's descriptor.
 
-        The thread waits in a call; the caller checks afterwards that it still does.
+        The thread waits in a call; the caller checks afterwards that the thread still waits.
 
         Raises OSError(EBADF) if the descriptor is not open, CallInterrupted if the call no longer
         waits.

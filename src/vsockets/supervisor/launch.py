@@ -76,7 +76,7 @@ _IGNORED = (
 class Keeper(Protocol):
     """The connection to a process that outlives the program, and cleans up after it.
 
-    It is readable when that process has ended.
+    The connection is readable when that process has ended.
     """
 
     pid: int  #: id of the process

@@ -100,7 +100,8 @@ class Listener:
     def fileno(self) -> int:
         """Return the listener's descriptor.
 
-        It is readable when a call waits, and hung up when no process is left under the filter.
+        The descriptor is readable when a call waits, and hung up when no process is left under the
+        filter.
         """
         return self._fd
 

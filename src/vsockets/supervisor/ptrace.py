@@ -1,8 +1,8 @@
 """ptrace(2): requests that stop, inspect and resume threads of other processes.
 
-A thread is *seized*, which does not stop it.  It stops when it is interrupted, before a signal is
-delivered, and at the events selected by the options.  waitpid() reports each stop once; the stop
-ends when the tracer resumes the thread.
+A thread is *seized*, which does not stop it.  A seized thread stops when it is interrupted, before
+a signal is delivered, and at the events selected by the options.  waitpid() reports each stop once;
+the stop ends when the tracer resumes the thread.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """The state of programs' sockets.
 
-A socket is identified by its inode, which ``/proc`` shows for every descriptor: copies made by
-dup, fork, exec or SCM_RIGHTS are one socket, as they are to the kernel.  The supervisor keeps no
-descriptor of a socket: otherwise its peer would never see its end.
+A socket is identified by its inode, which ``/proc`` shows for every descriptor: copies made by dup,
+fork, exec or SCM_RIGHTS are one socket, as they are to the kernel.  The supervisor keeps no
+descriptor of a socket: otherwise the peer would never see the socket's end.
 """
 
 from __future__ import annotations
@@ -41,8 +41,9 @@ def pack_address(address: tuple[int, int]) -> bytes:
 def unpack_address(data: bytes) -> tuple[int, int] | None:
     """Return the ``(cid, port)`` of a struct sockaddr_vm, or None if it is invalid.
 
-    It is valid, as in Linux's ``vsock_addr_validate``, if it is long enough, of family AF_VSOCK and
-    without flags other than VMADDR_FLAG_TO_HOST.  Reserved fields and further bytes are ignored.
+    An address is valid, as in Linux's ``vsock_addr_validate``, if it is long enough, of family
+    AF_VSOCK and without flags other than VMADDR_FLAG_TO_HOST.  Reserved fields and further bytes
+    are ignored.
     """
     if len(data) < SOCKADDR_SIZE:
         return None

@@ -1,7 +1,7 @@
 """Descriptors passed between the supervisor and a stopped thread, by SCM_RIGHTS.
 
 Containers forbid ``pidfd_getfd(2)``, the simpler way to take a descriptor, and no system call gives
-one to another process.  They allow all that is needed here: by injected calls the thread makes a
+one to another process.  The calls needed here are allowed: by injected calls the thread makes a
 unix datagram socket, over which it sends its descriptor to the supervisor, or receives one, and
 closes the socket again.
 

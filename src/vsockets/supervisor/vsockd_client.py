@@ -330,7 +330,7 @@ class PortHolder:
 
 
 class PortHolders:
-    """All port holders of a supervisor.  They outlive entries of :class:`.sockets.Sockets`."""
+    """All port holders of a supervisor.  Holders outlive entries of :class:`.sockets.Sockets`."""
 
     def __init__(
         self,

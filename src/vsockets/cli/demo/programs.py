@@ -1,7 +1,7 @@
 """The programs of ``vsock demo``.
 
 Each is an ordinary socket program in the style of the guide's chapters 3 and 4, and uses only the
-standard library's ``socket``, nothing of this package.  It runs in its own process, as
+standard library's ``socket``, nothing of this package.  A program runs in its own process, as
 ``python programs.py ROLE ARGUMENT...``, and reports in lines of JSON.
 """
 

@@ -16,7 +16,8 @@ carries payload; CREDIT_UPDATE and CREDIT_REQUEST exchange credit alone.
 Each direction of an ESTABLISHED connection ends separately.  The sender of SHUTDOWN announces with
 SEND that it has sent its last payload, with RECEIVE that it discards further payload.  Once the
 guest has announced both, and its payload is forwarded, the device sends RST, which ends the
-connection.  An RST is never answered with an RST: another connection may use the two ports by then.
+connection.  An RST is never answered with an RST: another connection may use the two ports when the
+reply arrives.
 
 Packets for the guest wait in ``pending_tx`` until the guest has a buffer for them.  Each operation
 waits at most once, so a guest that provides no buffers cannot make the device's memory grow.

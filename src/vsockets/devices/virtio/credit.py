@@ -6,9 +6,9 @@ of the receiver announces its buffer size (``buf_alloc``) and its count of forwa
 
     buf_alloc - (tx_cnt - fwd_cnt)
 
-bytes.  The inner difference is the number of bytes in flight.  It is taken modulo 2**32, so that
-counters may wrap.  If a hostile receiver's count is ahead of ``tx_cnt`` or decreases, the
-difference is huge, and the sender sends nothing.
+bytes.  The inner difference is the number of bytes in flight.  This difference is taken modulo
+2**32, so that counters may wrap.  If a hostile receiver's count is ahead of ``tx_cnt`` or
+decreases, the difference is huge, and the sender sends nothing.
 """
 
 from __future__ import annotations

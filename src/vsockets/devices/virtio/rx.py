@@ -264,7 +264,7 @@ class ReceiveQueue:
         try:
             size = sock.recv_into(bytearray(1), 0, _PEEK_FLAGS)
             if size > connection.send.buffer:
-                connection.reset()  # the guest could never receive it
+                connection.reset()  # the guest could never receive so large a message
                 return False
             if size > connection.send.available():
                 connection.credit_needed = size

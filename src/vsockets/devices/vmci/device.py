@@ -445,7 +445,8 @@ class VmciDevice:
         """Restore the saved registers if the guest has woken up.
 
         A kernel that wakes up restores message-signalled interrupts before it makes the device a
-        bus master; a kernel that starts enables them later.  So the interrupts tell the two apart.
+        bus master; a kernel that starts enables them later.  So the state of the interrupts
+        distinguishes the two.
         """
         kept, self._saved_registers = self._saved_registers, None
         if kept is None or not self.interrupts.message_signalled:

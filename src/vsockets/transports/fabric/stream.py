@@ -138,8 +138,8 @@ class StreamSocket(FabricSocket):
         """Connect to ``(cid, port)`` (guide page 17).
 
         A non-blocking socket raises BlockingIOError (EINPROGRESS), and polls as writable when the
-        connect has completed; SO_ERROR is its result.  As on Linux, it cannot be connected again
-        after a failure.
+        connect has completed; SO_ERROR is its result.  As on Linux, such a socket cannot be
+        connected again after a failure.
 
         Raises OSError: ECONNRESET (the port has no listener, or its backlog is full), EHOSTUNREACH
         (the context does not exist, or policy denies it), EINVAL (incompatible buffer sizes, or the
@@ -352,7 +352,7 @@ class StreamSocket(FabricSocket):
             self._apply_sizes(record)
         cls = self.__class__
         if cls is StreamSocket:
-            self.__class__ = EstablishedSocket  # as switch_class() does, in the usual case
+            self.__class__ = EstablishedSocket  # what switch_class() does without a subclass
         elif cls is not EstablishedSocket:
             switch_class(self, EstablishedSocket)
 
