@@ -7,8 +7,10 @@ one.  Over UDP, which an ordinary user has without vsockd.
 from __future__ import annotations
 
 import os
+import select
 import signal
 import socket
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -59,6 +61,17 @@ class RetransmittingClient:
             dict(os.environ),
         )
         assert self._server.line == "ready\n", self._server.line
+
+    def server_process(self) -> subprocess.Popen[bytes]:
+        assert self._server is not None
+        return self._server.process
+
+    def server_output(self) -> str:
+        """Return the server's next line, or nothing if there is none yet."""
+        output = self.server_process().stdout
+        assert output is not None
+        readable, _, _ = select.select([output], [], [], 0)
+        return output.readline().decode() if readable else ""
 
     def kill_server(self) -> None:
         assert self._server is not None
@@ -202,3 +215,19 @@ def test_interrupted_exclusive_create_is_completed(client: RetransmittingClient)
     client.wait_until_killed()
     client.serve()
     assert client.status("create", call) == Status.OK
+
+
+def test_replaced_server_answers_every_call_once(client: RetransmittingClient) -> None:
+    """Another process takes over at SIGUSR2: no call is lost, and none needs a retransmission."""
+    client.serve()
+    root = client.root()
+    process, made = client.server_process(), 0
+    for _ in range(2):
+        process.send_signal(signal.SIGUSR2)
+        while "replaced" not in client.server_output():
+            for _ in range(20):
+                call = client.call("mkdir", Target(root, b"%d" % made), NEW)
+                assert client.status("mkdir", call) == Status.OK
+                made += 1
+    assert sorted(map(int, os.listdir(client.export))) == list(range(made))
+    assert client.status("mkdir", call) == Status.OK  # from the cache of the old process

@@ -10,7 +10,7 @@ import asyncio
 import errno
 import socket as stdlib
 import ssl
-from collections.abc import Iterable
+from collections.abc import Awaitable, Iterable
 from pathlib import Path
 
 from ..eventloop.asyncio_server import AsyncioAcceptor, open_listener
@@ -75,6 +75,11 @@ class AmqpProxy:
 
     async def drain(self) -> None:
         """Do nothing: host proxies close their clients' sessions when the connection ends."""
+
+    def retire(self) -> Awaitable[object]:
+        """Stop accepting, because another process does; return the end of the connections."""
+        self._acceptor.close()
+        return asyncio.gather(*self._connections, return_exceptions=True)
 
     def close(self) -> None:
         """Close the listener and abort every connection and session."""

@@ -11,7 +11,7 @@ import asyncio
 import contextlib
 import socket as stdlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Awaitable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 
 from ..attachment import ContextHandle
@@ -73,6 +73,11 @@ class ClientServer(ABC):
             session.interrupt("the proxy is shutting down")
         if self._tasks:
             await asyncio.wait(list(self._tasks))
+
+    def retire(self) -> Awaitable[object]:
+        """Stop accepting, because another process does; return the end of the sessions."""
+        self._acceptor.close()
+        return asyncio.gather(*self._tasks, return_exceptions=True)
 
     def close(self) -> None:
         """Stop accepting and abort all sessions."""

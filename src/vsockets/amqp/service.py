@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from typing import Protocol
 
 from .._linux.rlimit import allow_many_descriptors
@@ -22,6 +22,9 @@ class Proxy(Protocol):
 
     async def drain(self) -> None:
         """Stop accepting clients, and close each session with AMQP's connection.close."""
+
+    def retire(self) -> Awaitable[object]:
+        """Stop accepting clients; return the end of the sessions."""
 
     def close(self) -> None:
         """Abort all sessions."""
@@ -45,7 +48,7 @@ def run(make: Callable[[], Proxy], listen: Locator) -> None:
             log.log(NOTICE, "listening on %s:%s", scheme, proxy.where)
 
         try:
-            await run_service(ready, drain=proxy.drain)
+            await run_service(ready, drain=proxy.drain, retire=proxy.retire)
         finally:
             proxy.close()
 

@@ -81,6 +81,7 @@ def serve(
 ) -> None:
     """Serve folders by NFS version 3, with the MOUNT protocol on the same port."""
     from .._linux.rlimit import allow_many_descriptors
+    from ..eventloop.replacement import take_over
     from ..nfs import server
     from ..nfs.handles import HandleStore
     from ..nfs.nfs3 import DATA_SIZE, UDP_DATA_SIZE
@@ -99,11 +100,14 @@ def serve(
 
     context = lasting_context(any(isinstance(locator, Vsock) for locator in addresses))
     allow_many_descriptors()  # each export keeps some hundred descriptors open
-    with contextlib.closing(HandleStore(state or _default_state())) as handles:
+    with contextlib.ExitStack() as stack:
+        take_over()  # a predecessor has the state file open
+        handles = stack.enter_context(contextlib.closing(HandleStore(state or _default_state())))
         over_udp = any(isinstance(locator, Inet) for locator in addresses)
         size = UDP_DATA_SIZE if over_udp else DATA_SIZE
-        with contextlib.closing(NfsService(list(export), handles, size)) as service:
-            asyncio.run(server.serve(service, addresses, context, opened))
+        service = NfsService(list(export), handles, size)
+        stack.callback(service.close)
+        asyncio.run(server.serve(service, addresses, context, opened, stack.close))
 
 
 @nfs.command("mount")

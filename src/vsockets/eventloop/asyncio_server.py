@@ -18,6 +18,7 @@ from ..limits import ACCEPTS_PER_TURN_MAX, LISTEN_BACKLOG_MAX
 from ..model.locator import Inet, Inherited, Locator, Unix, Vsock, VsockFolder, VsockMux
 from ..protocol.hybrid import port_name
 from ..socket import socket
+from . import replacement
 from .rebind import REBIND_FIRST_PAUSE_SECONDS, Rebinder
 from .retry import Backoff
 
@@ -36,20 +37,29 @@ class Listener:
     def __init__(self, locator: Locator, context: ContextHandle | None = None) -> None:
         """Open the sockets, in ``context`` if ``locator`` is a vSockets address.
 
+        The sockets of a process that this one replaces are used as they are.
+
         Raises OSError if a socket cannot be bound.
         """
         self.sockets: list[stdlib.socket] = []
         self._file: SocketFile | None = None
+        self._locator = locator
         try:
-            self._open(locator, context)
+            handed_over = replacement.inherited(str(locator))
+            if handed_over is not None:
+                self._adopt(handed_over, context)
+            else:
+                self._open(locator, context)
         except BaseException:
             self.close()
             raise
         for sock in self.sockets:
             sock.setblocking(False)
+        _open_listeners[self] = None
 
     def close(self) -> None:
         """Close the sockets and remove the file of a unix socket."""
+        _open_listeners.pop(self, None)
         if self._file is not None:
             self._file.remove()
             self._file.close()
@@ -57,6 +67,34 @@ class Listener:
         for sock in self.sockets:
             close_in_thread(sock)
         self.sockets.clear()
+
+    def hand_over(self) -> replacement.HandedOver:
+        """Return the sockets for another process."""
+        file = None
+        if self._file is not None:
+            file = [os.fspath(self._file.where), self._file.made]
+        fds = [sock.fileno() for sock in self.sockets]
+        return replacement.HandedOver(str(self._locator), file, fds)
+
+    def disown(self) -> None:
+        """Leave the file of a unix socket to the process that the sockets were handed over to."""
+        if self._file is not None:
+            self._file.made = None
+
+    def _adopt(self, handed_over: replacement.HandedOver, context: ContextHandle | None) -> None:
+        if handed_over.file is not None:
+            path, made = handed_over.file
+            self._file = SocketFile(Path(path), made=made)
+        for fd in handed_over.fds:
+            if isinstance(self._locator, Vsock):
+                sock: stdlib.socket = socket(
+                    type=_type(self._locator.datagram), fileno=fd, context=context
+                )
+            else:
+                sock = stdlib.socket(fileno=fd)
+            self.sockets.append(sock)
+            if sock.type == stdlib.SOCK_DGRAM:
+                guard(sock)
 
     @property
     def where(self) -> str:
@@ -130,6 +168,22 @@ class Listener:
             self._file.bind(sock)
         if not datagram:
             sock.listen(LISTEN_BACKLOG_MAX)
+
+
+#: The open listeners of this process, in the order in which they were opened.
+_open_listeners: dict[Listener, None] = {}
+
+
+def _hand_over() -> list[replacement.HandedOver]:
+    return [listener.hand_over() for listener in _open_listeners if listener.sockets]
+
+
+def _disown() -> None:
+    for listener in _open_listeners:
+        listener.disown()
+
+
+replacement.register(_hand_over, _disown)
 
 
 def open_listener(locator: Locator, context: ContextHandle | None) -> Listener:
@@ -294,10 +348,16 @@ class DatagramReceiver:
             self._rebinder = Rebinder(context, self._on_vsockd_ended, self._open_again)
         self._listen()
 
-    def close(self) -> None:
-        """Close the listener."""
+    def stop(self) -> None:
+        """Receive nothing more; replies may be sent until :meth:`close`."""
         if self._rebinder is not None:
             self._rebinder.close()
+        for sock in self.listener.sockets:
+            self._loop.remove_reader(sock.fileno())
+
+    def close(self) -> None:
+        """Close the listener."""
+        self.stop()
         self._close_listener()
 
     def _listen(self) -> None:

@@ -1,6 +1,7 @@
 """The life of a service in an asyncio loop: ready, reload, drain, stop.
 
 SIGTERM or SIGINT starts the drain (the orderly end of connections); a second signal cuts it short.
+SIGUSR2 has another process take over (:mod:`.replacement`).
 Programs that run the epoll loop of :mod:`.loop` (vsockd and the devices) have
 :meth:`.loop.EventLoop.signalled` instead.
 """
@@ -13,6 +14,7 @@ import signal
 from collections.abc import Awaitable, Callable, Mapping
 
 from .._linux.sd_notify import notify_ready
+from .replacement import Replacement, close_unused, take_over
 
 
 async def run_service(
@@ -21,11 +23,13 @@ async def run_service(
     *,
     drain: Callable[[], Awaitable[object]] | None = None,
     reload: Callable[[], object] | None = None,
+    retire: Callable[[], Awaitable[object]] | None = None,
 ) -> None:
     """Run a service until ``work`` is done, or SIGTERM or SIGINT arrives and the drain is done.
 
     ``ready`` is called once signals are handled; it opens or announces what clients connect to.
-    Then the service manager is notified.  ``reload`` is called at each SIGHUP.
+    Then the service manager is notified.  ``reload`` is called at each SIGHUP.  ``retire`` is
+    called when another process takes over: see :class:`.replacement.Replacement`.
 
     Raises what ``ready``, ``work`` or ``drain`` raises.
     """
@@ -34,18 +38,24 @@ async def run_service(
     def stop() -> None:
         (stopped if stopping.is_set() else stopping).set()
 
-    calls = {signal.SIGTERM: stop, signal.SIGINT: stop}
-    on_signals(calls if reload is None else {**calls, signal.SIGHUP: reload})
-    waits = [stopping.wait(), *([work] if work is not None else ())]
+    replacement = Replacement(retire, stop, reload)
+    on_signals(replacement.signals)
+    waits = [stopping.wait(), replacement.retired.wait(), *([work] if work is not None else ())]
     tasks = [asyncio.ensure_future(one) for one in waits]
     try:
         ready()
+        take_over()
+        close_unused()
         notify_ready()
         done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-        for task in done:
-            task.result()
-        if stopping.is_set() and drain is not None:  # ``work`` goes on meanwhile
-            await wait_first(drain(), stopped.wait())
+        if replacement.retired.is_set():
+            await wait_first(replacement.finished(), stopping.wait())
+        else:
+            for task in done:
+                task.result()
+        if stopping.is_set():  # ``work`` goes on meanwhile
+            ends = [replacement.workers_ended(), *([drain()] if drain is not None else ())]
+            await wait_first(asyncio.gather(*ends), stopped.wait())
     finally:
         for task in tasks:
             task.cancel()

@@ -164,6 +164,7 @@ class DatagramForward:
         self._loop = asyncio.get_running_loop()
         self._flows: FlowTable[Flow] = FlowTable(settings.max_connections, settings.flow_idle)
         self._timer: asyncio.TimerHandle | None = None
+        self._retired = False
         self._finished = asyncio.Event()
         self._receiver: DatagramReceiver | None = DatagramReceiver(
             settings.source,
@@ -202,6 +203,17 @@ class DatagramForward:
 
     close = stop_listening
 
+    def retire(self) -> None:
+        """Leave clients to another process; pass on replies of the flows until they are idle."""
+        assert self._receiver is not None
+        self._receiver.stop()
+        self._retired = True
+        self._end_when_idle()
+
+    def _end_when_idle(self) -> None:
+        if self._retired and not len(self._flows):
+            self.stop_listening()
+
     def used(self, source: Hashable) -> None:
         """Mark the flow of ``source`` as used, because an answer arrived."""
         self._flows.use(source, self._loop.time())
@@ -211,6 +223,7 @@ class DatagramForward:
         self._flows.remove(flow.source)
         why = error.strerror or "timed out"
         log.warning("%s: %s", self.settings, why, extra=caused_by(flow.source))
+        self._end_when_idle()
 
     def is_target(self, source: object, target: tuple[int, int]) -> bool:
         """Return whether ``source`` is ``target``, whose CID may be VMADDR_CID_LOCAL."""
@@ -254,6 +267,7 @@ class DatagramForward:
         for flow in self._flows.overdue(self._loop.time()):
             self._end(flow)
         self._watch()
+        self._end_when_idle()
 
     def _end(self, flow: Flow) -> None:
         flow.close()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import socket as stdlib
-from collections.abc import Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable
 
 from .._linux.rlimit import allow_many_descriptors
 from ..attachment import ContextHandle
@@ -50,6 +50,11 @@ class ForwardService:
             if forward.listener is not None and forward.listener.sockets
         }
 
+    @property
+    def is_replaceable(self) -> bool:
+        """True if another process can take the listeners over: no forward is of one connection."""
+        return not any(forward.settings.once for forward in self._forwards.values())
+
     def apply(self, wanted: Iterable[Settings]) -> None:
         """Replace the forwards by ``wanted``; established connections are kept.
 
@@ -90,6 +95,8 @@ class ForwardService:
         """Stop listening, and wait at most ``seconds`` for the connections to end."""
         for source in list(self._forwards):
             self._stop_listening(self._forwards.pop(source))
+        for forward in list(self._draining):
+            forward.stop_listening()
         left = sum(forward.connections for forward in self._draining)
         if left:
             log.warning("draining for %g s: connections left: %d", seconds, left)
@@ -97,6 +104,14 @@ class ForwardService:
             async with asyncio.timeout(seconds):
                 for forward in list(self._draining):
                     await forward.finished()
+
+    def retire(self) -> Awaitable[object]:
+        """Stop accepting, because another process does; return the end of the connections."""
+        for source in list(self._forwards):
+            forward = self._forwards.pop(source)
+            forward.retire()
+            self._keep_until_finished(forward)
+        return asyncio.gather(*(forward.finished() for forward in self._draining))
 
     def close(self) -> None:
         """Close all forwards and their connections."""
@@ -133,6 +148,9 @@ class ForwardService:
 
     def _stop_listening(self, forward: Forward) -> None:
         forward.stop_listening()
+        self._keep_until_finished(forward)
+
+    def _keep_until_finished(self, forward: Forward) -> None:
         if forward.connections:
             self._draining.add(forward)
             waiting = asyncio.ensure_future(forward.finished())
@@ -205,4 +223,5 @@ async def _serve(
         wait_first(service.finished(), failed),
         drain=lambda: service.drain(drain),
         reload=reload,
+        retire=service.retire if service.is_replaceable and recorder is None else None,
     )

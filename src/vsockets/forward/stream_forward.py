@@ -89,6 +89,8 @@ class StreamForward:
         if not self._tasks:
             self._finished.set()
 
+    retire = stop_listening  #: another process has the listener
+
     def close(self) -> None:
         """Close the listener and all connections."""
         self.stop_listening()

@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import socket as stdlib
 from collections import OrderedDict, deque
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Awaitable, Callable, Hashable, Sequence
 from typing import Any, NamedTuple
 
 from ..attachment import ContextHandle
@@ -72,6 +72,7 @@ class NfsServer:
         """Close the listeners and drop all calls."""
         for receiver in self._receivers:
             receiver.close()
+        self._receivers.clear()
         if self._turn is not None:
             self._turn.cancel()
         for guest in self._guests.values():
@@ -159,13 +160,23 @@ async def serve(
     locators: Sequence[Locator],
     context: ContextHandle | None,
     on_ready: Callable[[NfsServer], None],
+    release: Callable[[], None] | None = None,
 ) -> None:
     """Serve until SIGTERM or SIGINT; call ``on_ready`` once clients can connect.
+
+    ``release`` closes the service and its files, for a process that replaces this one.
 
     Raises OSError if a listener cannot be opened.
     """
     server = NfsServer(service, locators, context)
+
+    def retire() -> Awaitable[object]:
+        assert release is not None
+        server.close()
+        release()
+        return asyncio.sleep(0)
+
     try:
-        await run_service(lambda: on_ready(server))
+        await run_service(lambda: on_ready(server), retire=retire if release else None)
     finally:
         server.close()
