@@ -50,6 +50,7 @@ def start(folder: Path, on_demand: bool = True) -> bool:
     if finished.returncode:
         complaint = finished.stderr.strip().removeprefix("vsockd: ") or f"see {folder / LOG}"
         complaint = complaint.removeprefix("cannot start in ")
+        complaint = complaint.replace(f"{folder}: {folder}: ", f"{folder}: ")
         raise OSError(errno.ENODEV, f"cannot start vsockd: {complaint}")
     return True
 

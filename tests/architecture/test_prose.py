@@ -22,7 +22,7 @@ FILES = {
 #: A docstring does not begin with these: they make an indirect question, or a pronoun without an
 #: antecedent.
 FIRST_WORDS = re.compile(
-    r"(What|Whether|Where|How|Who|Whose|When|Why|That|It|Its|Ours|One of (them|those)"
+    r"(What|Whether|Where|How|Who|Whose|When|Why|That|It|Its|They|Their|Ours|One of (them|those)"
     r"|All of (them|those)|There (is|are)|Those|Such|Nothing|Nobody|Somebody|Whatever|Whoever)\b"
 )
 

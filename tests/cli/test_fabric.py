@@ -279,7 +279,7 @@ def test_command_lines_that_cannot_be_run(alone: Vsock) -> None:
         ("--dir /tmp fabric true", 2, "--dir has no effect"),
     )
     nested = alone("fabric", *PROGRAM, "fabric", "true", expect=1)
-    assert "vsock: vsock fabric within vsock fabric" in nested.stderr
+    assert "vsock: not possible within another vsock fabric" in nested.stderr
     assert "vsock: the program's name is empty\n" in alone("fabric", "", expect=127).stderr
     missing = alone("fabric", "no-such-program", expect=127)
     assert "vsock: no-such-program: program not found (" in missing.stderr

@@ -44,6 +44,17 @@ def test_commands_in_hints_run_as_printed(alone: Vsock, tmp_path: Path) -> None:
     assert alone.fails("connect", "2", "5000").endswith(f"(start it: {start})")
 
 
+def test_a_folder_that_cannot_be_used_is_named_once(alone: Vsock, tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    file.touch()
+    expected = f"cannot start vsockd: {file}: not used, because it is not a folder of user "
+    assert alone.fails("--dir", file, "context", "ls").count(str(file)) == 1
+    alone.environment["VSOCKETS_DIR"] = str(file)
+    line = alone.fails("up")
+    assert line.startswith(expected)
+    assert line.endswith("(choose another by --dir or VSOCKETS_DIR)")
+
+
 def test_foreground(alone: Vsock) -> None:
     running = alone.start("up", "--foreground", "--log-level", "info")
 

@@ -231,7 +231,7 @@ def test_lines_are_limited_per_second(vsock_fabric: PrivateFabric) -> None:
 
 
 class TestOtherLines:
-    """They are limited, too, for each guest and each user of the host."""
+    """Other lines are limited, too, for each guest and each user of the host."""
 
     def test_listeners_that_shut_down_reading(self, vsock_fabric: PrivateFabric) -> None:
         """vsockd drops such a listener at the first connect, which alone causes a line."""

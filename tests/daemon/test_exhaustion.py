@@ -161,7 +161,7 @@ class TestRoutes:
     def test_with_unread_datagrams_are_not_evicted(
         self, vsock_fabric: PrivateFabric, guest: Attachment, receivers: list[vsockets.socket]
     ) -> None:
-        """Their descriptors measure unread bytes, so they count until those are read."""
+        """The routes' descriptors measure unread bytes, so routes count until those are read."""
         with unix_datagrams() as sender, contextlib.ExitStack() as stack:
             assert adopt(guest, sender).status == 0
             sent = 0

@@ -176,7 +176,7 @@ def test_a_listener_of_the_other_side_stays(
 def test_the_guests_own_sockets_stay(
     shared_fabric: PrivateFabric, guest: Machine, how: str
 ) -> None:
-    """They are in its memory, which suspend keeps: a listener, and a bound socket."""
+    """A listener and a bound socket are in the guest's memory, which suspend keeps."""
     with (
         vsockets.create_server((MACHINE, 5000), context=guest.context) as server,
         vsockets.socket(context=guest.context) as bound,
@@ -336,7 +336,7 @@ def test_nothing_is_left_after_power_off(shared_fabric: PrivateFabric, guest: Ma
 def test_requests_in_progress_at_power_off_are_refused(
     shared_fabric: PrivateFabric, guest: Machine
 ) -> None:
-    """Their requests were sent before, and vsockd has not read them yet."""
+    """The requests were sent before the power-off, and vsockd has not read them yet."""
     with contextlib.ExitStack() as stack:
         with paused(shared_fabric.pid):
             late = [stack.enter_context(enter(guest.context)) for _ in range(20)]

@@ -158,7 +158,7 @@ for _ in range(2):
 def test_pending_connections_of_a_supervised_server_are_counted(
     fabric: PrivateFabric, guest: Attachment
 ) -> None:
-    """They are released as the program accepts, whichever vsockd has announced them."""
+    """Pending connections are released as the program accepts, whichever vsockd announced them."""
     program = """
 import socket
 server = socket.socket(40)

@@ -361,7 +361,7 @@ def fcntl_flag() -> int:
 
 
 def test_inherited_descriptors_are_kept(vsock: Vsock) -> None:
-    """They are neither moved nor closed."""
+    """The descriptors are neither moved nor closed."""
     reader, writer = os.pipe()
     program = f"datagram(); os.write({writer}, b'kept')"
     command = [*PROGRAM, "run", sys.executable, "-c", COMMON + program]

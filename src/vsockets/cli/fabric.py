@@ -97,8 +97,8 @@ def fabric(
         wanted.setdefault(cid, None)
     if LAUNCHER in os.environ:
         raise CliError(
-            "vsock fabric within vsock fabric: its vsockd would be supervised (start a program in "
-            "the outer fabric: vsock run --cid CID -- PROGRAM)"
+            "not possible within another vsock fabric: vsockd would be supervised (start a "
+            "program in the outer fabric: vsock run --cid CID -- PROGRAM)"
         )
     keeper = _start_keeper(wanted, reserved_ports)
     run_here(program, cid, interceptor=interceptor, keeper=keeper)
