@@ -36,6 +36,10 @@ SECTIONS: dict[str, dict[str, tuple[str, str]]] = {
         "connect": ("netcat", "Connect to CID:PORT, and relay standard input and output."),
         "listen": ("netcat", "Accept a connection to PORT, and relay standard input and output."),
         "forward": ("forward", "Forward each client of FROM to TO, until SIGTERM or Ctrl-C."),
+        "ssh-proxy": (
+            "ssh_proxy",
+            "Connect to a guest's port for ssh, and hand the connection to it.",
+        ),
     },
     "Virtual machines": {
         "vm": ("vm", "Run virtual machines under QEMU."),
