@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import logging
 import os
+import resource
 import socket
 import time
 from collections.abc import Callable, Iterator
@@ -213,3 +215,29 @@ def test_only_a_call_that_slept_counts_against_its_party(sleeps: bool) -> None:
     party = Party("a party", Limits())
     close_socket(SlowToClose(), party)
     assert bool(party.blocked) is sleeps
+
+
+def test_a_failed_watch_leaves_nothing(loop: EventLoop, turns: RequestTurns) -> None:
+    party = Party("a", Limits())
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (3, hard))
+        try:
+            with pytest.raises(OSError) as failure:  # for the party's epoll
+                turns.watch(party, ours.fileno(), lambda hung_up: None)
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        assert failure.value.errno == errno.EMFILE
+        lowest = os.dup(ours.fileno())
+        os.close(lowest)
+        with pytest.raises(OSError):  # of a descriptor that is not open
+            turns.watch(party, lowest + 100, lambda hung_up: None)
+        assert os.dup(ours.fileno()) == lowest, "the party's epoll is open"
+        os.close(lowest)
+        served: list[bool] = []
+        turns.watch(party, ours.fileno(), served.append)
+        theirs.send(b"x")
+        run_once(loop)
+        assert served == [False]
+        turns.unwatch(party, ours.fileno())

@@ -8,6 +8,7 @@ import os
 import resource
 import socket
 from collections.abc import Callable
+from itertools import count
 
 import pytest
 
@@ -25,6 +26,7 @@ from .raw_client import (
     bind,
     connect,
     enter,
+    has_ended,
     no_descriptor_left_behind,
     resident,
     unix_datagrams,
@@ -181,3 +183,21 @@ def test_clients_take_all_descriptors(vsock_fabric: PrivateFabric) -> None:
         assert ask_once(guest, bind()).status == 0
     assert "Too many open files" not in vsock_fabric.log
     assert vsock_fabric.log.count("few descriptors are left") < 20
+
+
+def test_silent_client_gets_no_last_descriptor(vsock_fabric: PrivateFabric) -> None:
+    """The epoll for the first client of a guest needs a descriptor, too."""
+    guest = vsock_fabric.guest(3)
+    soft, hard = resource.prlimit(vsock_fabric.pid, resource.RLIMIT_NOFILE)
+    taken = {int(name) for name in os.listdir(f"/proc/{vsock_fabric.pid}/fd")}
+    lowest = next(number for number in count() if number not in taken)
+    with socket.socket(socket.AF_UNIX) as sock:
+        sock.settimeout(PROMPT)
+        resource.prlimit(vsock_fabric.pid, resource.RLIMIT_NOFILE, (lowest + 1, hard))
+        try:
+            sock.connect(os.fspath(guest.folder / "stream"))
+            assert has_ended(sock)
+        finally:
+            resource.prlimit(vsock_fabric.pid, resource.RLIMIT_NOFILE, (soft, hard))
+    (row,) = [row for row in vsock_fabric.control.contexts() if row["cid"] == 3]
+    assert row["usage"]["pending_connects"] == 0

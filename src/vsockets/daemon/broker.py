@@ -235,7 +235,7 @@ class Broker:
             channel.close()
             return
         self._begin_silence(channel)
-        if not may_keep_descriptor(channel.sock.fileno()):
+        if channel.silent and not may_keep_descriptor(channel.sock.fileno()):
             # A well-behaved client sends its request within microseconds.
             self._silent_in_reserve[channel] = None
             if len(self._silent_in_reserve) > max_silent_descriptors():
@@ -246,16 +246,21 @@ class Broker:
     def _begin_silence(self, channel: Channel) -> None:
         channel.silent = True
         channel.party.pending += 1
-        self._keep(channel)
         if not self._silent:
             self._loop.call_later(DAEMON_SILENT_CLIENT_SECONDS, self._close_silent)
         self._silent[channel] = monotonic() + DAEMON_SILENT_CLIENT_SECONDS
+        self._keep(channel)
 
     def _keep(self, channel: Channel) -> None:
+        """Serve further requests on a channel; close it if no descriptor or memory is left."""
         self._channels.setdefault(channel.context, set()).add(channel)
         channel.party.channels += 1
         fd = channel.sock.fileno()
-        self._turns.watch(channel.party, fd, lambda hung_up: self._ready(channel, hung_up))
+        try:
+            self._turns.watch(channel.party, fd, lambda hung_up: self._ready(channel, hung_up))
+        except OSError as error:
+            self._log(logging.WARNING, channel, f"connection closed: {error.strerror}")
+            self._drop(channel)
 
     def _ready(self, channel: Channel, hung_up: bool) -> None:
         try:

@@ -120,26 +120,37 @@ class RequestTurns:
         loop.watch_first(self._epoll.fileno(), self._serve)
 
     def watch(self, party: Party, fd: int, callback: Callable[[bool], None]) -> None:
-        """Call ``callback`` whenever ``fd`` is readable or hung up, in the party's turn."""
+        """Call ``callback`` whenever ``fd`` is readable or hung up, in the party's turn.
+
+        Raises OSError if the kernel has no descriptor or memory left.
+        """
         queue = self._queues.get(party)
         if queue is None:
-            queue = self._queues[party] = _Queue(party)
-            self._by_fd[queue.epoll.fileno()] = queue
+            queue = _Queue(party)
             if party not in self._paused:
                 self._epoll.register(queue.epoll.fileno(), select.EPOLLIN)
-        queue.epoll.register(fd, READABLE)
+            self._queues[party] = self._by_fd[queue.epoll.fileno()] = queue
         queue.callbacks[fd] = callback
+        try:
+            queue.epoll.register(fd, READABLE)
+        except OSError:
+            self._forget(queue, fd)
+            raise
 
     def unwatch(self, party: Party, fd: int) -> None:
         """Stop watching ``fd``, before it is closed; do nothing if it is not watched."""
         queue = self._queues.get(party)
-        if queue is None or queue.callbacks.pop(fd, None) is None:
-            return
-        queue.epoll.unregister(fd)
+        if queue is not None and fd in queue.callbacks:
+            queue.epoll.unregister(fd)
+            self._forget(queue, fd)
+
+    def _forget(self, queue: _Queue, fd: int) -> None:
+        """Remove a callback; close the queue if it has none left."""
+        del queue.callbacks[fd]
         if not queue.callbacks:
-            del self._queues[party]
+            del self._queues[queue.party]
             del self._by_fd[queue.epoll.fileno()]
-            if party not in self._paused:
+            if queue.party not in self._paused:
                 self._epoll.unregister(queue.epoll.fileno())
             queue.epoll.close()
 
