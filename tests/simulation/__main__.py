@@ -7,6 +7,7 @@ import sys
 from collections import Counter
 from time import monotonic
 
+from .broker_world import BrokerWorld
 from .engine import Failure, World, simulate
 from .fabric_world import FabricWorld
 from .virtio_device_world import VirtioDeviceWorld
@@ -14,7 +15,13 @@ from .virtio_world import VirtioWorld
 from .vmci_world import VmciWorld
 
 #: The worlds; a seed is run in each.
-WORLDS: tuple[type[World], ...] = (FabricWorld, VirtioWorld, VirtioDeviceWorld, VmciWorld)
+WORLDS: tuple[type[World], ...] = (
+    FabricWorld,
+    VirtioWorld,
+    VirtioDeviceWorld,
+    VmciWorld,
+    BrokerWorld,
+)
 
 
 def main(arguments: list[str] | None = None) -> int:

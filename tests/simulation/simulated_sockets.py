@@ -207,9 +207,15 @@ class SimulatedLoop:
         else:
             self._sockets.by_fd[fd].has_changed = True
 
+    def watch_first(self, fd: int, callback: Callable[[int], None]) -> None:
+        self.watch_for(fd, callback, READABLE)
+
     def change(self, fd: int, events: int) -> None:
         self._watched[fd] = events, self._watched[fd][1]
-        self._sockets.by_fd[fd].has_changed = True
+        if fd < FIRST:
+            self._epoll.modify(fd, events)
+        else:
+            self._sockets.by_fd[fd].has_changed = True
 
     def unwatch(self, fd: int) -> None:
         if self._watched.pop(fd, None) is not None and fd < FIRST:

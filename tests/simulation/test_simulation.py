@@ -10,6 +10,9 @@ from typing import Any
 import pytest
 
 from vsockets.daemon import handover
+from vsockets.daemon.broker import Broker
+from vsockets.daemon.channel import Channel
+from vsockets.daemon.device_link import HandoffLink
 from vsockets.devices.limits import VIRTIO_MERGED_PACKET_MAX_BYTES
 from vsockets.devices.virtio.connection import VirtioConnection
 from vsockets.devices.virtio.credit import ReceiveCredit, SendCredit
@@ -22,6 +25,7 @@ from vsockets.fabric.model import Ports
 
 from . import fabric_handover
 from .__main__ import WORLDS, main
+from .broker_world import BrokerWorld
 from .engine import Failure, World, generate, run, shorten, simulate
 from .fabric_world import FabricWorld
 from .virtio_device_world import VirtioDeviceWorld
@@ -245,6 +249,47 @@ def withheld_byte_is_not_published(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(VmciStream, "_poll", lambda _: None)
 
 
+def refused_socket_is_dropped(patch: pytest.MonkeyPatch) -> None:
+    """Mended in a11429b: a bound socket of a guest at its limit lost its port."""
+
+    def faulty(self: Channel) -> bool:
+        limits = self.party.limits
+        return limits is None or self.party.channels < limits.sockets
+
+    patch.setattr(Channel, "may_retry", faulty)
+
+
+def link_does_not_wait_for_reports(patch: pytest.MonkeyPatch) -> None:
+    """Mended in cc0094c, in vsockd itself."""
+    patch.setattr(HandoffLink, "require_settled", lambda *_: None)
+
+
+def full_link_unbinds(patch: pytest.MonkeyPatch) -> None:
+    """Mended in e16f3df: a connect that a full link refuses unbinds its socket."""
+    patch.setattr(
+        Broker, "_abandon", lambda self, _, connection: self.fabric.end(connection.number)
+    )
+
+
+def last_descriptor_is_lost(patch: pytest.MonkeyPatch) -> None:
+    """Found by this simulator: no descriptor was left for the epoll of a party's first client."""
+
+    def faulty(self: Broker, channel: Channel) -> None:
+        self._channels.setdefault(channel.context, set()).add(channel)
+        channel.party.channels += 1
+        fd = channel.sock.fileno()
+        self._turns.watch(channel.party, fd, lambda hung_up: self._ready(channel, hung_up))
+
+    patch.setattr(Broker, "_keep", faulty)
+
+
+BROKER_FAULTS: list[Plant] = [
+    refused_socket_is_dropped,
+    link_does_not_wait_for_reports,
+    full_link_unbinds,
+    last_descriptor_is_lost,
+]
+
 VIRTIO_DEVICE_FAULTS: list[Plant] = [kick_is_lost, reset_overtakes_the_last_bytes]
 
 VMCI_FAULTS: list[Plant] = [
@@ -283,10 +328,14 @@ PLANTS: list[tuple[type[World], Plant]] = [
     *((VirtioWorld, plant) for plant in VIRTIO_FAULTS),
     *((VirtioDeviceWorld, plant) for plant in VIRTIO_DEVICE_FAULTS),
     *((VmciWorld, plant) for plant in VMCI_FAULTS),
+    *((BrokerWorld, plant) for plant in BROKER_FAULTS),
 ]
 
 #: the seed to begin with, for faults that few seeds find
 FIRST_SEEDS: dict[Plant, int] = {
+    full_link_unbinds: 130,
+    link_does_not_wait_for_reports: 90,
+    refused_socket_is_dropped: 40,
     local_cid_is_a_source_elsewhere: 440,
     local_connect_is_not_settled: 1410,
 }
