@@ -19,8 +19,8 @@ from vsockets.toml import ConfigurationError
         ("tcp::1", "tcp::2", {}, "expected a target with a host and a port"),
         ("tcp::1", "udp:a:2", {}, "cannot join datagrams and a stream"),
         ("vsock-dgram::1", "exec:cat", {}, "cannot join datagrams and a stream"),
-        ("http-proxy:", "tcp:a:1", {}, "a target .expected"),
-        ("tcp::1", "fd:3", {}, "a source .expected"),
+        ("http-proxy:", "tcp:a:1", {}, "invalid as FROM .expected"),
+        ("tcp::1", "fd:3", {}, "invalid as TO .expected"),
         ("tcp::1", "http-proxy:", {}, "no hosts allowed"),
         ("tcp::1", "vsock:3:1", {"allow": (PeerRule(3),)}, "allowed CIDs apply to vSockets"),
         (

@@ -197,7 +197,10 @@ async def check_node(dialer: Dialer, node: Locator) -> None:
         except TimeoutError:
             raise OSError(errno.ETIMEDOUT, "connected, but received no AMQP frame") from None
     if not begins_connection(answer):
-        raise OSError(errno.EPROTO, "the node does not speak AMQP 0-9-1")
+        raise OSError(
+            errno.EPROTO,
+            "the node did not greet as an AMQP 0-9-1 broker (expected connection.start)",
+        )
 
 
 def server_context(

@@ -131,7 +131,7 @@ def _capture_forwarder(
     except ValueError as error:
         raise click.UsageError(f"FROM and TO: {error}") from None
     if str(file) == "-" and settings.once and "stdio:" in (str(source), str(target)):
-        raise click.UsageError("-w -: standard output is used by stdio: already")
+        raise click.UsageError("-w -: standard output is used by stdio: (expected a file)")
     with _open(file) as opened:
         serve([settings], verbose=verbose, recorder=Recorder(opened, payload))
 

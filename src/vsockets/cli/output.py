@@ -43,7 +43,7 @@ class Column(NamedTuple):
 
 
 #: A command in a hint, such as ``(see: vsock ls)``; those that use no given state folder excepted.
-_HINT = re.compile(r"(?<=[:,] vsock )(?=(context|down|events|ls|run|status|up)\b)")
+_HINT = re.compile(r"(?<=[:,] vsock )(?=(context|down|events|guestinfo|ls|run|status|up)\b)")
 
 _dir_option = ""
 

@@ -359,7 +359,7 @@ class Broker:
             request = Request.decode(data)
             operation = self._operations.get(request.op)
             if operation is None:
-                raise ProtocolError(f"no operation {request.op}")
+                raise ProtocolError(f"unknown operation {request.op}")
             if channel.party.limits is not None:
                 channel.party.check_rate(monotonic())
             return operation(channel, request)

@@ -254,9 +254,9 @@ class Settings:
         """Raise ValueError for contradictory settings."""
         source, target = self.source, self.target
         if isinstance(source, Proxy):
-            raise ValueError(f"{source}: a target (expected an address to listen on)")
+            raise ValueError(f"{source}: invalid as FROM (expected an address to listen on)")
         if isinstance(target, Inherited):
-            raise ValueError(f"{target}: a source (expected an address to connect to)")
+            raise ValueError(f"{target}: invalid as TO (expected an address to connect to)")
         # The type of an inherited socket is known once it is opened.
         if source.datagram != target.datagram and not isinstance(source, Inherited):
             raise ValueError(f"{source} and {target}: cannot join datagrams and a stream")

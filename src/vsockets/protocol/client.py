@@ -222,7 +222,8 @@ def decode_reply(data: bytes) -> Record:
     try:
         record = Record.decode(data)
     except ProtocolError as error:
-        raise OSError(errno.EPROTO, f"vsockd and this library do not match: {error}") from None
+        why = f"vsockd is of another version: {error} (replace it: vsock up --replace)"
+        raise OSError(errno.EPROTO, why) from None
     if record.status:
         raise OSError(record.status, os.strerror(record.status))
     return record

@@ -85,7 +85,9 @@ class Qemu(NamedTuple):
         subject = f"{self.path}, QEMU {self.version_text}"
         if f"'{driver}' not found" in output:
             raise QemuBroken(f"{subject}, was built without {driver}: {install_hint(device)}")
-        raise QemuBroken(f"{subject}, does not work: its help on {driver} is: {_last_line(output)}")
+        raise QemuBroken(
+            f"{subject}, does not work; -device {driver},help printed: {_last_line(output)}"
+        )
 
 
 def install_hint(device: str) -> str:
@@ -107,7 +109,7 @@ def probe(path: str) -> Qemu:
     output = _output(path, "--version")
     found = re.search(r"version (\d+)\.(\d+)", output)
     if found is None:
-        raise QemuBroken(f"{path} does not work: its version is: {_last_line(output)}")
+        raise QemuBroken(f"{path} does not work; --version printed: {_last_line(output)}")
     return Qemu(path, (int(found[1]), int(found[2])))
 
 

@@ -164,7 +164,10 @@ class Session:
             fields = _unpack(messages.DMA_MAP, message)
             _, flags, offset, address, size = fields
             if len(message.fds) > 1:
-                raise OSError(errno.EINVAL, "DMA_MAP with several files")
+                raise OSError(
+                    errno.EINVAL,
+                    f"DMA_MAP with {len(message.fds)} descriptors (expected at most 1)",
+                )
             fd = message.fds[0] if message.fds else None
             self._device.memory.map(address, size, bool(flags & 2), fd, offset)
         finally:

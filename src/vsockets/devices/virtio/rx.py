@@ -41,7 +41,7 @@ _Buffer = tuple[int, memoryview | None, list[memoryview], int]
 def _parse(chain: Chain) -> _Buffer:
     head, readable, parts = chain
     if readable or not parts:
-        raise RingError("readable or empty buffer in the receive queue")
+        raise RingError("invalid buffer in the receive queue (expected writable descriptors only)")
     first = parts[0]
     size = len(first)
     if size == HEADER_SIZE:
