@@ -192,6 +192,13 @@ class Control:
         """Turn on a context that :meth:`power_off` or ``powered=False`` has turned off."""
         return self._change_state(cid, "power-on")
 
+    def announce_ready(self, cid: int) -> None:
+        """Publish the event ``ready`` of a context: its guest has reported that it has started.
+
+        Raises OSError(ENOENT) if the context does not exist.
+        """
+        self._request("context.ready", cid=cid)
+
     def disconnect(self, local: tuple[int, int], peer: tuple[int, int]) -> dict[str, Any]:
         """End the stream between two addresses, given in either order.
 
@@ -256,11 +263,12 @@ class Events:
     Every event has ``topic``, ``time`` (seconds since the epoch) and ``missed``, the number of
     events before it that were dropped because they were not read in time.
 
-    Topic ``context`` has ``cid``, ``name``, ``change`` (``added``, ``removed``, ``suspend``, ...),
-    ``state``, ``ft`` and ``dropped`` (connections).  Topic ``denial`` has the fields listed in
-    docs/security.md.  Topic ``disconnect``, a stream that an administrator has ended, has
-    ``source``, ``destination``, and the administrator's ``pid``, ``uid`` and ``gid``.  Topic
-    ``vsockd`` has ``change``, which is ``replaced``, and the ``pid`` of the process that serves.
+    Topic ``context`` has ``cid``, ``name``, ``change`` (``added``, ``removed``, ``suspend``,
+    ``ready``, ...), ``state``, ``ft`` and ``dropped`` (connections).  Topic ``denial`` has the
+    fields listed in docs/security.md.  Topic ``disconnect``, a stream that an administrator has
+    ended, has ``source``, ``destination``, and the administrator's ``pid``, ``uid`` and ``gid``.
+    Topic ``vsockd`` has ``change``, which is ``replaced``, and the ``pid`` of the process that
+    serves.
     """
 
     def __init__(self, folder: Path, topics: tuple[str, ...]) -> None:

@@ -158,6 +158,22 @@ class TestArguments:
         assert options[options.index("-name") + 1] == "a,,b"
         assert "socket,id=vsock,path=/run/a,,b" in options
 
+    def test_a_machine_like_vmwares(self) -> None:
+        machine = MachineOptions("vmci", 256, vmware_serial="VMware-56 4d, 1")
+        options = machine_arguments(machine, "/run/vm5")
+        assert options[options.index("-cpu") + 1] == "max,kvm=off,tcg-cpuid=off"
+        assert options[options.index("-smbios") + 1] == (
+            "type=1,manufacturer=VMware,, Inc.,product=VMware Virtual Platform,"
+            "serial=VMware-56 4d,, 1"
+        )
+
+    def test_the_credential_of_systemd_is_a_string_of_smbios(self) -> None:
+        machine = MachineOptions("vmci", 256, notify_socket="vsock:2:1,2")
+        options = machine_arguments(machine, "/run/vm5")
+        assert options[options.index("-smbios") + 1] == (
+            "type=11,value=io.systemd.credential:vmm.notify_socket=vsock:2:1,,2"
+        )
+
     def test_disks_keep_their_order(self) -> None:
         disks = [("a,b", "virtio"), ("s0", "sata"), ("p0", "pvscsi"), ("s1", "sata")]
         disks += [("p1", "pvscsi"), ("n", "nvme"), ("l", "lsisas1068")]

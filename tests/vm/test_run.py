@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 from qemu.qmp import QMPClient
 
+import vsockets
 from vsockets.testing import PrivateFabric, wait_until
 from vsockets.vm.guest_image import COMMAND_LINE
 from vsockets.vm.lifecycle_sync import LifecycleSync
@@ -36,8 +37,8 @@ def launched(
 ) -> Iterator[Launched]:
     """A running guest for each device."""
     parts = stage.parts("stable", request.param)
-    grace = ("--grace", "1")
-    launched = Launched(fabric_of_machines, *parts, *grace, cid=CID, device=request.param)
+    options = ("--grace", "1", "--wait-ready")
+    launched = Launched(fabric_of_machines, *parts, *options, cid=CID, device=request.param)
     with launched:
         launched.run(COMMON)
         yield launched
@@ -90,7 +91,45 @@ def has_ended(sock: Any) -> bool:
         return True
 
 
+#: What systemd does with its credential: finds it in the strings of SMBIOS, and sends a datagram or
+#: else a sequenced packet.
+NOTIFY = """
+import re
+with open("/sys/firmware/dmi/tables/DMI", "rb") as file: table = file.read()
+found = re.search(rb"io.systemd.credential:vmm.notify_socket=vsock:(\\d+):(\\d+)", table)
+address = int(found[1]), int(found[2])
+def notify(text):
+    try:
+        s = dgram()
+        s.sendto(text, address)
+    except OSError as error:
+        s = socket.socket(AF, socket.SOCK_SEQPACKET)
+        s.connect(address)
+        s.send(text)
+    s.close()
+notify(b"STATUS=Starting \\x1b[31mall\\nX_SYSTEMD_UNIT_ACTIVE=basic.target")
+notify(b"UNKNOWN=1\\nREADY=1\\n")
+notify(b"READY=1")
+result = address[1]
+"""
+
+
 class TestLife:
+    def test_guest_reports_that_it_is_ready(
+        self, launched: Launched, fabric_of_machines: PrivateFabric
+    ) -> None:
+        with changes(fabric_of_machines, "ready"):
+            port = int(launched.run(NOTIFY))
+        assert "vsock: guest: Starting \\x1b[31mall\n" in launched.log
+        assert "vsock: guest: active: basic.target\n" in launched.log
+        assert launched.log.count("vsock: the guest is ready (") == 1
+        # Another context cannot report for this guest.
+        with vsockets.socket(type=socket.SOCK_DGRAM, context=launched.host) as sock:
+            sock.bind((2, vsockets.VMADDR_PORT_ANY))
+            sock.sendto(b"STATUS=of another", (2, port))
+        launched.run(NOTIFY)
+        assert "of another" not in launched.log
+
     def test_context_is_leased_and_sockets_are_unnamed(
         self, launched: Launched, fabric_of_machines: PrivateFabric
     ) -> None:

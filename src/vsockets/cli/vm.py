@@ -261,6 +261,12 @@ def vm() -> None:
     help="Let the guest's VMware Tools work: the machine looks like VMware's, and vsock guestinfo "
     "serve, which must run, serves it with the variables of the .vmx file.",
 )
+@click.option(
+    "--wait-ready",
+    is_flag=True,
+    help="Have the guest's systemd report its start: show it, publish the event ready, and notify "
+    "this command's own service manager.",
+)
 @seconds_option(
     "--grace", default=10.0, help="Time that the guest has to power off when asked, in seconds."
 )
@@ -272,6 +278,7 @@ def run(
     qemu: str | None,
     download: bool,
     vmware_tools: bool,
+    wait_ready: bool,
     grace: float,
     device: Device,
     cid: int | None,
@@ -293,7 +300,7 @@ def run(
     tools = _VMwareTools(described["vmx"]) if vmware_tools else None
     if tools is not None:
         machine = dataclasses.replace(machine, vmware_serial=tools.serial)
-    context.exit(_run(machine, cid, program, grace, extra, tools))
+    context.exit(_run(machine, cid, program, grace, extra, tools, wait_ready))
 
 
 @vm.command("args")
@@ -434,6 +441,7 @@ def _run(
     grace: float,
     extra: tuple[str, ...],
     tools: _VMwareTools | None,
+    wait_ready: bool,
 ) -> int:
     import asyncio
 
@@ -455,6 +463,7 @@ def _run(
             extra=extra,
             grace=grace,
             halt=None if tools is None else functools.partial(tools.halt, found),
+            wait_ready=wait_ready,
             report=notice,
         )
         try:

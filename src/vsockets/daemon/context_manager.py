@@ -492,6 +492,10 @@ class ContextManager:
         with contextlib.suppress(OSError):  # the old record makes no guest less isolated
             self._isolated.record(self._fabric.contexts)
 
+    def announce_ready(self, cid: int) -> None:
+        """Publish that a context's guest has reported that it has started.  Raises Refused."""
+        self._publish(self._fabric.contexts.require(cid), "ready")
+
     def _publish(self, context: Context, change: str, **facts: Any) -> None:
         self._events.publish(
             Topic.CONTEXT,

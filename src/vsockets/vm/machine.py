@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import os
 import signal
 import socket
@@ -22,12 +23,16 @@ from pathlib import Path
 
 from qemu.qmp import QMPClient, QMPError
 
+from .._linux.sd_notify import notify_ready
+from ..attachment import Attachment
 from ..control import Control
 from ..guestrpc.client import RequestFailed
 from ..limits import LOG_LINES_PER_SECOND
 from ..logs import Throttle
+from ..model.constants import VMADDR_CID_HOST
 from .lifecycle_sync import LifecycleSync
 from .qemu_args import MachineOptions, machine_arguments
+from .readiness import ReadinessReports
 
 #: Timeout for the start of QEMU and of the device, in seconds; each takes half a second.
 _START_SECONDS = 60.0
@@ -82,13 +87,16 @@ class RunningMachine:
         extra: tuple[str, ...] = (),
         grace: float = 10.0,
         halt: Callable[[], object] | None = None,
+        wait_ready: bool = False,
         report: Callable[[str], None],
     ) -> None:
         """Prepare to run ``machine`` with the QEMU program ``qemu`` and the arguments ``extra``.
 
         ``grace`` is the time in seconds that the guest has to power off when asked to.  ``halt``
         is called in a thread to ask it by other means than its power button, and raises OSError or
-        RequestFailed when that is impossible.  ``report`` receives lines for the user.
+        RequestFailed when that is impossible.  With ``wait_ready``, the guest's systemd reports to
+        this process, which notifies its own service manager when the guest is ready.  ``report``
+        receives lines for the user.
         """
         self._machine = machine
         self._program = qemu
@@ -97,6 +105,8 @@ class RunningMachine:
         self._extra = extra
         self._grace = grace
         self._halt = halt
+        self._wait_ready = wait_ready
+        self._reports: ReadinessReports | None = None
         self._report = report
         self._qmp = QMPClient(str(cid))
         self._status = 0
@@ -108,7 +118,8 @@ class RunningMachine:
 
         Returns the exit status: 0, or 128 plus the number of the signal that ended this process.
 
-        Raises MachineFailed if QEMU fails.
+        Raises MachineFailed if QEMU fails, or the guest was not ready when it powered off and this
+        was waited for; OSError when no port is free for the guest's reports.
         """
         self._main = asyncio.current_task()
         self._loop = asyncio.get_running_loop()
@@ -116,6 +127,8 @@ class RunningMachine:
         try:
             async with contextlib.AsyncExitStack() as stack:
                 stack.enter_context(self._signals())
+                if self._wait_ready:
+                    self._listen_for_reports(stack)
                 stack.enter_context(ours)
                 # This context ends after QEMU, when the last of QEMU's output has arrived.
                 stack.enter_context(console(ours, self._escape))
@@ -127,7 +140,23 @@ class RunningMachine:
         except asyncio.CancelledError:
             if not self._status:
                 raise
+        if self._reports is not None and not (self._reports.is_ready or self._status):
+            raise MachineFailed("the guest has powered off before it was ready")
         return self._status
+
+    def _listen_for_reports(self, stack: contextlib.AsyncExitStack) -> None:
+        began = self._loop.time()
+
+        def ready() -> None:
+            self._report(f"the guest is ready ({self._loop.time() - began:.1f} s)")
+            self._control.announce_ready(self._cid)
+            notify_ready()
+
+        host = Attachment(self._control.folder / str(VMADDR_CID_HOST))
+        self._reports = ReadinessReports(host, self._cid, self._report, ready)
+        stack.enter_context(self._reports)
+        address = self._reports.address
+        self._machine = dataclasses.replace(self._machine, notify_socket=address)
 
     # Processes
 

@@ -67,7 +67,12 @@ class MachineOptions:
     #: a serial number for VMware Tools, which then take the machine for VMware's; empty: no such
     #: machine
     vmware_serial: str = ""
+    #: address to which the guest's systemd reports its start; empty: it does not
+    notify_socket: str = ""
 
+
+#: The credential of systemd.system-credentials(7), as SMBIOS has it.
+_NOTIFY_CREDENTIAL = "io.systemd.credential:vmm.notify_socket"
 
 #: What systemd-detect-virt, cloud-init and the tools' unit look for.
 _VMWARE_SYSTEM = "type=1,manufacturer=VMware,, Inc.,product=VMware Virtual Platform"
@@ -91,6 +96,9 @@ def machine_arguments(machine: MachineOptions, device_socket: str) -> list[str]:
     args += ["-cpu", f"max{hidden}", "-smp", processors, "-m", f"{machine.memory}M"]
     if machine.vmware_serial:
         args += ["-smbios", f"{_VMWARE_SYSTEM},serial={_quoted(machine.vmware_serial)}"]
+    if machine.notify_socket:
+        value = f"{_NOTIFY_CREDENTIAL}={_quoted(machine.notify_socket)}"
+        args += ["-smbios", f"type=11,value={value}"]
     # Shared, because the device's process accesses the guest's memory.
     args += ["-object", f"memory-backend-memfd,id=mem,size={machine.memory}M,share=on"]
     # Without graphics, the BIOS and boot loaders use the console.

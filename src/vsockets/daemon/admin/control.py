@@ -140,6 +140,7 @@ class ControlSession:
             "context.change": self._change_context,
             "context.remove": self._remove_context,
             "context.device": self._attach_device,
+            "context.ready": lambda request: handlers.contexts.announce_ready(_cid(request)),
             "stream.disconnect": self._disconnect,
             "reload": lambda _: handlers.reload(),
             "subscribe": self._subscribe,
