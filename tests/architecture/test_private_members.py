@@ -58,9 +58,18 @@ def private_members(path: Path) -> set[str]:
     }
 
 
+#: The simulator runs vsockd's parts step by step, and plays their surroundings.
+SIMULATOR = TESTS / "simulation"
+
+
 @pytest.mark.parametrize(
-    "name", sorted(str(path.relative_to(TESTS)) for path in TESTS.rglob("*.py"))
+    "name",
+    sorted(
+        str(path.relative_to(TESTS))
+        for path in TESTS.rglob("*.py")
+        if SIMULATOR not in path.parents
+    ),
 )
 def test_private_members_are_used_for_a_reason(name: str) -> None:
     allowed, _ = ALLOWED.get(name, (set[str](), ""))
-    assert private_members(TESTS / name) == allowed
+    assert private_members(TESTS / name) <= allowed

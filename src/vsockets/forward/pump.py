@@ -1,7 +1,7 @@
 """The splice pump in an asyncio loop.
 
 asyncio handles connects and handshakes, where coroutines are worth their cost.  For established
-connections, its event handling would cost as much as the transfer itself.  They are therefore
+connections, its event handling would cost as much as the transfer itself.  So these connections are
 served from a separate epoll instance, in which asyncio's own epoll instance is one descriptor
 (:class:`PumpSelector`); asyncio runs only for its own events.
 """

@@ -545,7 +545,7 @@ class Tracer:
             thread.process.covered = covered
 
     def _on_exec(self, thread: Tracee) -> None:
-        """Forget the other threads, which exec has ended; this one has the process's number."""
+        """Forget the other threads, which exec has ended; ``thread`` has the process's number."""
         for number in list(thread.process.threads):
             if number != thread.number:
                 self._forget(number)

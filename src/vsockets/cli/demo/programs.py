@@ -88,7 +88,7 @@ def receive(connection: socket.socket, memory: bytearray) -> bytearray:
 
 
 def send_files(host: str, port: str) -> None:
-    """Make one transfer for each line of standard input, reporting progress unless ``quietly``."""
+    """Make one transfer for each line of standard input; the line ``quietly`` omits progress."""
     family, where = family_of(host)
     names, files = real_files()
     digest = hashlib.sha256(files)
