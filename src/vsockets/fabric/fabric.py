@@ -154,7 +154,7 @@ class Fabric:
         (forbidden in the source context's state) or ENODEV (VMADDR_CID_ANY).
         """
         destination = self._destination(context, cid, port, True)
-        if bound is None:
+        if bound is None and context.connected.following in context.connected:
             context.connected.find_ephemeral()
         holder = destination.connected.get(port)
         endpoint = holder if isinstance(holder, Endpoint) and holder.listening else None
@@ -169,7 +169,9 @@ class Fabric:
         if context is not destination:
             if endpoint.cid == VMADDR_CID_LOCAL:
                 raise Refused(errno.ECONNRESET, f"port {port} is bound to the local CID")
-            self._require_trust(context, endpoint, program, bound)
+            here, there = context.isolation.profile, destination.isolation.profile
+            if here is not _DEFAULT or there is not _DEFAULT:
+                self._require_trust(context, endpoint, program, bound)
         return endpoint
 
     def connect(
@@ -191,7 +193,8 @@ class Fabric:
             raise Refused(errno.EINVAL, f"no common buffer size: {sizes} and {listener.sizes}")
         party = context.party_of(owner.uid)
         if bound is None:
-            party.check_socket_limit()
+            if party.limits is not None and party.sockets >= party.limits.sockets:
+                party.check_socket_limit()
             if not context.is_guest:
                 policy.require_service(context, owner)
             local = (context.cid, context.connected.next_ephemeral())

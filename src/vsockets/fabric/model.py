@@ -100,7 +100,9 @@ class Ports(dict[int, Holder]):
         Raises Refused with EADDRNOTAVAIL, as Linux does, when several consecutive ports are held;
         the next call continues after those.
         """
-        port = self.find_ephemeral()
+        port = self.following
+        if port in self:
+            port = self.find_ephemeral()
         self.following = _after(port)
         return port
 
