@@ -25,6 +25,7 @@ from .._linux.sockets import cookie_of, refuse_descriptors
 from ..eventloop.loop import EventLoop
 from ..fabric import Connection, Context, Denied, Endpoint, EndpointKind, Fabric, Party, Refused
 from ..limits import SEND_BUFFER_MAX_BYTES, STREAM_BUFFER_DEFAULT_BYTES
+from ..model.buffers import BufferSizes
 from ..model.constants import VMADDR_PORT_ANY
 from ..protocol import Op, ProtocolError, Record, Request, RequestFlag, Role
 from .admin.audit import OPERATIONS, Audit
@@ -67,6 +68,8 @@ log = logging.getLogger(__name__)
 # Module aliases of enum members: hot path.
 _STREAM, _SEQPACKET = EndpointKind.STREAM, EndpointKind.SEQPACKET
 _UNPRIVILEGED = int(RequestFlag.UNPRIVILEGED)
+# What a named tuple's __new__, which is a function in Python, calls.
+_new = tuple.__new__
 #: Owners of named sockets to probe at once for a party that is at its limit.
 _HOLDERS_PROBED = 16
 
@@ -485,18 +488,18 @@ class Broker:
         return True
 
     def _connect(self, channel: Channel, request: Request) -> bool:  # noqa: C901 - hot path
-        if request.inode:
-            self._move_endpoint(channel, request.inode)
+        # Spelled out: each look-up of a field by its name costs as much as all of this.
+        _, _, _, _, peer_cid, peer_port, _, size, minimum, maximum, cookie, inode = request
+        if inode:
+            self._move_endpoint(channel, inode)
         bound = channel.endpoint
         if bound is not None and bound.listening:
             raise ProtocolError("CONNECT of a listening socket")
         fabric, context, sock = self.fabric, channel.context, channel.sock
         if channel.is_device:
             bound = channel.endpoint = self._claim(channel, channel.kind, request)
-        asker = channel.asker
-        listener = fabric.find_listener(
-            context, channel.kind, request.peer_cid, request.peer_port, asker, bound
-        )
+        asker = channel.deputy or channel  # Channel.asker
+        listener = fabric.find_listener(context, channel.kind, peer_cid, peer_port, asker, bound)
         target: Listener | HandoffLink = listener.handle
         if channel.party.is_at_limit():
             self._limit_checks.check_pending_limit(channel.party, target.recount_pending)
@@ -510,12 +513,11 @@ class Broker:
             self._drop_if_closed(target)
             raise Refused(errno.ECONNRESET, f"the backlog of {listener.address} is full")
         if isinstance(target, HandoffLink):
-            target.require_settled(request.peer_port, context, bound)
+            target.require_settled(peer_port, context, bound)
         if self._unannounced:
             self._require_announceable(channel, target)
-        connection = fabric.connect(
-            context, listener, bound, request.sizes(), asker.credentials, request.cookie
-        )
+        sizes = _new(BufferSizes, (size, minimum, maximum))
+        connection = fabric.connect(context, listener, bound, sizes, asker.credentials, cookie)
         try:
             if isinstance(target, HandoffLink):
                 self.streams.add_pending(channel, connection)
