@@ -48,6 +48,13 @@ def dial(machine: Machine, port: int) -> Any:
     return found[0]
 
 
+def has_virtio_device(machine: Machine) -> bool:
+    """Return whether the guest's driver has a virtio device."""
+    drivers = "/sys/bus/virtio/drivers/vmw_vsock_virtio_transport"
+    names = machine.run("import os; result = os.listdir(drivers)", drivers=drivers)
+    return any(name.startswith("virtio") for name in names)
+
+
 def echo_one_stream(machine: Machine, port: int) -> Job:
     """Start a guest program that listens before this returns and echoes one stream."""
     machine.run("import sys; sys.listening = listener(port)", port=port)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import os
 import shutil
 import signal
@@ -24,8 +25,9 @@ from vsockets.vm.lifecycle_sync import LifecycleSync
 
 from . import downloads, vmware_machine
 from .conftest import COMMON, Stage
-from .exchanges import PATIENCE, serve
+from .exchanges import PATIENCE, dial, has_virtio_device, serve
 from .launched import Launched
+from .machine import GuestError
 
 #: CIDs of the machines of TestLife, and of those that boot nothing.
 CID, EMPTY = 70, 75
@@ -177,6 +179,41 @@ class TestLife:
         with stream(launched):
             pass
 
+    def test_crashed_device_is_replaced(self, launched: Launched) -> None:
+        """Streams end in the guest with ECONNRESET, its listener lives, and new streams work."""
+        if launched.kind != "virtio":
+            return  # QEMU cannot replace a vfio-user device: test_killed_device_ends_qemu
+        launched.run("import sys; sys.listening = listener(4000)")
+        flood = "import sys; s = sys.listening.accept()[0]\nwhile True: s.sendall(bytes(65536))"
+        flooding = launched.start(flood)
+        flooded = dial(launched, 4000)
+        server, port = serve(launched)
+        with flooded, server:
+            reading = launched.start("s = connect(port); s.sendall(b'x'); s.recv(1)", port=port)
+            sock, _ = server.accept()
+            with sock:
+                sock.settimeout(PATIENCE)
+                assert sock.recv(1) == b"x"
+                assert flooded.recv(1 << 20)
+                assert launched.qemu is not None
+                os.kill(device_of(launched.qemu), signal.SIGKILL)
+                assert has_ended(sock)
+                while flooded.recv(1 << 20):
+                    pass
+        for job in (flooding, reading):
+            with pytest.raises(GuestError) as failed:
+                job.result()
+            assert failed.value.errno == errno.ECONNRESET
+        wait_until(lambda: "the guest has another device" in launched.log, seconds=PATIENCE)
+        wait_until(lambda: has_virtio_device(launched), seconds=PATIENCE)
+        accepting = launched.start("import sys; result = echo(sys.listening.accept()[0])")
+        with dial(launched, 4000) as sock:
+            assert works(sock)
+            sock.shutdown(socket.SHUT_WR)
+            assert accepting.result() == 5
+        with stream(launched):
+            pass
+
     def test_sigterm_leaves_no_process_or_context(
         self, launched: Launched, fabric_of_machines: PrivateFabric
     ) -> None:
@@ -244,13 +281,21 @@ def descendants(pid: int) -> list[int]:
     return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
-@pytest.fixture
-def empty(stage: Stage, fabric_of_machines: PrivateFabric) -> Iterator[subprocess.Popen[str]]:
-    """The process of the command, once its machine runs."""
-    stage.parts("stable", "virtio")  # skips without QEMU
+def device_of(process: subprocess.Popen[Any]) -> int:
+    """Return the device's process of a command."""
+    (device,) = [pid for pid in descendants(process.pid) if "--until-eof" in arguments_of(pid)]
+    return device
+
+
+@pytest.fixture(params=["virtio"])
+def empty(
+    request: pytest.FixtureRequest, stage: Stage, fabric_of_machines: PrivateFabric
+) -> Iterator[subprocess.Popen[str]]:
+    """The process of the command, once its machine, with a device of either kind, runs."""
+    stage.parts("stable", request.param)  # skips without QEMU
     command = [sys.executable, "-m", "vsockets.cli", "--dir", str(fabric_of_machines.folder)]
     command += ["vm", "run", "--accel", "tcg", "--qemu", downloads.qemu(), "--cid", str(EMPTY)]
-    command += ["--memory", "32M", "--device", "virtio", "--", "-boot", "menu=off"]
+    command += ["--memory", "32M", "--device", request.param, "--", "-boot", "menu=off"]
     with subprocess.Popen(
         command,
         stdin=subprocess.DEVNULL,
@@ -266,12 +311,12 @@ def empty(stage: Stage, fabric_of_machines: PrivateFabric) -> Iterator[subproces
             process.kill()
 
 
+@pytest.mark.parametrize("empty", ["vmci"], indirect=True)
 def test_killed_device_ends_qemu(
     empty: subprocess.Popen[str], fabric_of_machines: PrivateFabric
 ) -> None:
     parts = descendants(empty.pid)
-    (device,) = [pid for pid in parts if "--until-eof" in arguments_of(pid)]
-    os.kill(device, signal.SIGKILL)
+    os.kill(device_of(empty), signal.SIGKILL)
     _, output = empty.communicate(timeout=PATIENCE)
     assert empty.returncode == 1
     assert output.endswith("vsock: the device has ended (killed by signal 9), and QEMU with it\n")
@@ -280,8 +325,7 @@ def test_killed_device_ends_qemu(
 
 def test_device_without_guest_memory_is_reported(empty: subprocess.Popen[str]) -> None:
     """The device's last message is passed on in full."""
-    (device,) = [pid for pid in descendants(empty.pid) if "--until-eof" in arguments_of(pid)]
-    os.kill(device, signal.SIGBUS)
+    os.kill(device_of(empty), signal.SIGBUS)
     _, output = empty.communicate(timeout=PATIENCE)
     assert "vsock: the device: vsock device: the guest's memory cannot be accessed" in output
     assert output.endswith("vsock: the device has ended (status 135), and QEMU with it\n")

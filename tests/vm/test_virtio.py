@@ -17,7 +17,7 @@ from vsockets.testing import PrivateFabric, wait_until
 
 from . import test_vmci, test_vmci_streams
 from .conftest import COMMON, Stage
-from .exchanges import MIB, PATIENCE, dial, exchange, serve
+from .exchanges import MIB, PATIENCE, dial, exchange, has_virtio_device, serve
 from .machine import GuestError, Machine
 
 
@@ -32,7 +32,7 @@ def machine(
 
 
 def test_stock_driver_is_bound(machine: Machine) -> None:
-    assert _is_bound(machine)
+    assert has_virtio_device(machine)
     command = "import fcntl\nwith open('/dev/vsock') as f: b = fcntl.ioctl(f, 0x7b9, bytes(4))\n"
     assert machine.run(command + "result = struct.unpack('I', b)[0]") == machine.cid
 
@@ -282,14 +282,8 @@ class TestLife(test_vmci.TestLife):
             with pytest.raises(GuestError) as failed:
                 job.result()
             assert failed.value.errno == errno.ECONNRESET
-        wait_until(lambda: _is_bound(machine), "the guest to take the device", PATIENCE)
+        wait_until(lambda: has_virtio_device(machine), "the guest to take the device", PATIENCE)
         assert echoes(machine)
-
-
-def _is_bound(machine: Machine) -> bool:
-    drivers = "/sys/bus/virtio/drivers/vmw_vsock_virtio_transport"
-    names = machine.run("result = os.listdir(drivers)", drivers=drivers)
-    return any(name.startswith("virtio") for name in names)
 
 
 def test_packed_rings(stage: Stage, fabric_of_machines: PrivateFabric) -> None:

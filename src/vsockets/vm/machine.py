@@ -2,7 +2,8 @@
 
 All parts end with this process, however it ends: the device at the end of its standard input, QEMU
 because the kernel kills it with its parent.  The sockets between them have no names, except the
-device's, which is removed as soon as QEMU has connected.
+device's, which is removed as soon as QEMU has connected.  A virtio device that crashes is replaced
+(:mod:`.replug`); without another device QEMU ends.
 """
 
 from __future__ import annotations
@@ -18,10 +19,11 @@ import tempfile
 import termios
 import threading
 from asyncio.subprocess import DEVNULL, PIPE, Process
+from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 
-from qemu.qmp import QMPClient, QMPError
+from qemu.qmp import ExecuteError, QMPClient, QMPError
 
 from .._linux.sd_notify import notify_ready
 from ..attachment import Attachment
@@ -33,12 +35,19 @@ from ..model.constants import VMADDR_CID_HOST
 from .lifecycle_sync import LifecycleSync
 from .qemu_args import MachineOptions, machine_arguments
 from .readiness import ReadinessReports
+from .replug import replug
 
 #: Timeout for the start of QEMU and of the device, in seconds; each takes half a second.
 _START_SECONDS = 60.0
 
 #: Timeout in seconds for a process to end after SIGTERM.
 _STOP_SECONDS = 10.0
+
+#: A device that crashes more often than so many times in so many seconds is not replaced.
+_CRASHES_MAX, _CRASHES_SECONDS = 5, 60.0
+
+#: The exit status of a device without access to the guest's memory, which another one has not, too.
+_LOST_MEMORY = 128 + signal.SIGBUS
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
@@ -126,6 +135,7 @@ class RunningMachine:
         ours, theirs = socket.socketpair()
         try:
             async with contextlib.AsyncExitStack() as stack:
+                self._stack = stack
                 stack.enter_context(self._signals())
                 if self._wait_ready:
                     self._listen_for_reports(stack)
@@ -211,41 +221,66 @@ class RunningMachine:
             raise MachineFailed(f"QEMU: {output or 'ended without a message'}") from None
 
     async def _supervise(self, device: Process, qemu: Process) -> None:
-        """Wait until the device or QEMU ends.
+        """Wait until QEMU ends, or a device that is not replaced.
 
         Raises MachineFailed unless the guest has powered off.
         """
         self._kill = qemu.kill
         sync = LifecycleSync(self._qmp, self._control, self._cid, self._report)
         syncing = asyncio.create_task(sync.run())
-        ends = [asyncio.create_task(process.wait()) for process in (device, qemu)]
-        helpers = [
-            asyncio.create_task(forward_stderr(process, name, self._report))
-            for process, name in ((device, "the device"), (qemu, "QEMU"))
-        ]
+        keeping = asyncio.create_task(self._keep_device(device))
+        qemu_end = asyncio.create_task(qemu.wait())
+        qemu_lines = asyncio.create_task(forward_stderr(qemu, "QEMU", self._report))
+        ends = keeping, qemu_end
         try:
             await asyncio.wait([*ends, syncing], return_when=asyncio.FIRST_COMPLETED)
             if syncing.done():
                 syncing.result()
                 # QEMU has closed its monitor and is about to end.
                 await asyncio.wait(ends, timeout=_STOP_SECONDS, return_when=asyncio.FIRST_COMPLETED)
-            # The last lines of a process that has ended explain its end.
-            over = [helper for helper, end in zip(helpers, ends, strict=True) if end.done()]
-            if over:
-                await asyncio.wait(over, timeout=_STOP_SECONDS)
+            if qemu_end.done():  # the last lines explain its end
+                await asyncio.wait([qemu_lines], timeout=_STOP_SECONDS)
         finally:
-            tasks = (syncing, *helpers, *ends)
+            tasks = (syncing, qemu_lines, *ends)
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
             with contextlib.suppress(QMPError, EOFError, OSError):
                 await self._qmp.disconnect()
-        if device.returncode is not None:
-            raise MachineFailed(f"the device has ended ({_exit_text(device)}), and QEMU with it")
+        if not keeping.cancelled():
+            ended = _exit_text(keeping.result())
+            raise MachineFailed(f"the device has ended ({ended}), and QEMU with it")
         if qemu.returncode and not self._status:
             raise MachineFailed(f"QEMU has ended ({_exit_text(qemu)})")
         if sync.end_reason in _FAILURES:
             raise MachineFailed(_FAILURES[sync.end_reason])
+
+    async def _keep_device(self, device: Process) -> Process:
+        """Replace a device that has ended; return the first one that cannot be replaced.
+
+        Raises MachineFailed if another device does not start.
+        """
+        crashes: deque[float] = deque(maxlen=_CRASHES_MAX)
+        while True:
+            # The last lines of a process that has ended explain its end.
+            await asyncio.gather(device.wait(), forward_stderr(device, "the device", self._report))
+            now = self._loop.time()
+            too_often = len(crashes) == _CRASHES_MAX and crashes[0] > now - _CRASHES_SECONDS
+            if self._machine.device != "virtio" or device.returncode == _LOST_MEMORY or too_often:
+                return device
+            crashes.append(now)
+            self._report(f"the device has ended ({_exit_text(device)}): starting another one")
+            with _short_folder() as folder:
+                path = folder / "device"
+                device = await self._stack.enter_async_context(self._device(path))
+                try:
+                    await replug(self._qmp, os.fspath(path), self._report)
+                except ExecuteError as error:  # the new device has ended as well
+                    self._report(f"QEMU: {error}")
+                except QMPError:  # QEMU is ending
+                    await asyncio.Event().wait()
+                else:
+                    self._report("the guest has another device: its streams end, listeners stay")
 
     # Requests to end
 
