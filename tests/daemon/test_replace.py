@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import select
 import signal
 import socket
 import subprocess
@@ -386,6 +387,26 @@ def test_a_device_stays_attached(fabric: PrivateFabric, guest: Attachment) -> No
         ):
             assert Record.decode(sock.recv(RECORD_SIZE)).status == 0
             server.accept()[0].close()
+
+
+def test_a_socket_that_a_detached_device_refused_is_handed_over_again(
+    fabric: PrivateFabric, guest: Attachment
+) -> None:
+    device = Device(fabric, guest)
+    with vsockets.socket(context=fabric.host) as sock:
+        sock.bind((2, 6000))
+        sock.setblocking(False)
+        assert sock.connect_ex((guest.cid, 80)) == errno.EINPROGRESS
+        device.refuse()
+        assert select.select([], [sock], [], PATIENCE)[1]
+        assert sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR) == errno.ECONNRESET
+        wait_until(lambda: streams(fabric) == [], "vsockd to read the report")
+        device.link.close()
+        first, second = fabric.control.replace(), fabric.control.replace()
+        assert first != second == fabric.control.status()["pid"]
+        assert [(row["port"], row["state"]) for row in fabric.control.sockets()] == [
+            (6000, "bound")
+        ]
 
 
 def streams(fabric: PrivateFabric) -> list[tuple[int, int]]:

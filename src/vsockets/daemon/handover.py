@@ -94,6 +94,12 @@ class Writer:
         return self.receivers.setdefault(receiver, len(self.receivers))
 
 
+class ClosedLink:
+    """A link that was closed before the state was saved."""
+
+    is_open = False
+
+
 class Reader:
     """The state that a vsockd takes over: the objects by their numbers, and the descriptors."""
 
@@ -105,6 +111,7 @@ class Reader:
         self.links: list[Any] = []
         self.groups: list[Any] = []
         self.receivers: list[Any] = []
+        self._closed_link = ClosedLink()
         self._former = Party("a removed context", None)
 
     def socket(self, number: int, type_: int) -> _socket.socket:
@@ -124,8 +131,8 @@ class Reader:
         return self._former if saved is None else self.context(saved[0]).party_of(saved[1])
 
     def link(self, number: int) -> object:
-        """Return a link by its number; for -1, an object that stands for a closed link."""
-        return self if number < 0 else self.links[number]
+        """Return a link by its number; -1 stands for a closed link."""
+        return self._closed_link if number < 0 else self.links[number]
 
     def endpoint(self, number: int | None) -> Endpoint | None:
         """Return an endpoint by its number."""
