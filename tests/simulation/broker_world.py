@@ -12,33 +12,31 @@ import errno
 import gc
 import logging
 import os
+import pickle
 import resource
 import socket
 from collections import Counter, deque
-from dataclasses import dataclass, field
 from random import Random
 from socket import AF_UNIX, MSG_DONTWAIT, MSG_NOSIGNAL, SOCK_DGRAM, SOCK_SEQPACKET, SOCK_STREAM
 from typing import Any, ClassVar, cast
 
 from vsockets.daemon import broker as broker_module
 from vsockets.daemon import channel as channel_module
-from vsockets.daemon import device_link, limit_checks, scheduling
+from vsockets.daemon import device_link, limit_checks, scheduling, succession
 from vsockets.daemon.broker import Broker
 from vsockets.daemon.channel import Channel
 from vsockets.daemon.device_link import DeviceLink
+from vsockets.daemon.handover import Reader, Writer
 from vsockets.daemon.named_sockets import probe_of
 from vsockets.fabric import (
     CAP_NET_ADMIN,
     CAP_NET_BIND_SERVICE,
     Change,
     Connection,
-    Context,
     Credentials,
-    Denied,
     Endpoint,
     EndpointKind,
     Fabric,
-    Grant,
     Limits,
     Refused,
 )
@@ -46,6 +44,17 @@ from vsockets.model.buffers import BufferSizes
 from vsockets.model.constants import VMADDR_CID_ANY, VMADDR_CID_LOCAL, VMADDR_PORT_ANY
 from vsockets.protocol import PADDING, RECORD_SIZE, Record, Role, client
 
+from .broker_clients import (
+    Client,
+    Device,
+    Errors,
+    Process,
+    ProgramChannel,
+    SimulatedAudit,
+    close_broker,
+    dispose,
+    fill_descriptors,
+)
 from .engine import World, pick
 from .simulated_sockets import SimulatedLoop, SimulatedSockets
 
@@ -56,84 +65,7 @@ STREAM, SEQPACKET = EndpointKind.STREAM, EndpointKind.SEQPACKET
 TYPES = {STREAM: SOCK_STREAM, SEQPACKET: SOCK_SEQPACKET}
 SIZES = BufferSizes()
 DEVICE_PORT = 7000
-FILLED_MAX = 1024  #: some programs begin with a descriptor of a far higher number
 _NOW = MSG_DONTWAIT | MSG_NOSIGNAL
-
-
-@dataclass(eq=False)
-class Process:
-    """A process with its rights and sockets."""
-
-    pid: int
-    uid: int
-    cid: int
-    capabilities: set[int]
-    sockets: list[Client] = field(default_factory=list)
-
-
-class ProgramChannel(Channel):
-    """A channel whose client's rights are simulated."""
-
-    processes: ClassVar[dict[int, Process]] = {}
-
-    def has_capability(self, capability: int) -> bool:
-        process = self.processes.get(self.credentials.pid)
-        return process is not None and capability in process.capabilities
-
-    def matches(self, grant: Grant) -> bool:
-        return False
-
-    def receive_credentials(self, expected: bool) -> None:
-        """Do nothing: the kernel would report this process."""
-
-
-@dataclass(eq=False)
-class Client:
-    """A program's socket, as the library's are."""
-
-    process: Process
-    kind: EndpointKind
-    sock: socket.socket
-    cookie: int
-    state: str = "new"  #: or bound, listening, connected, accepted, closed
-    awaits: str = ""  #: the request that vsockd or a device has not replied to
-    address: tuple[int, int] | None = None
-    peer: tuple[int, int] | None = None
-    wanted: tuple[int, int] = (0, 0)  #: the address of its connect
-    polling: bool = False
-    data: bytes = b""  #: a part of a reply
-    may_end: bool = False  #: its vsockd was killed, or a device has had its socket
-
-
-@dataclass(eq=False)
-class Device:
-    """A device: its end of the link, and the connects that it has to decide about."""
-
-    cid: int
-    link: socket.socket
-    pending: list[tuple[client.PendingConnect, socket.socket]] = field(default_factory=list)
-    streams: list[socket.socket] = field(default_factory=list)
-
-
-class Errors(logging.Handler):
-    """The errors that vsockd has logged."""
-
-    def __init__(self) -> None:
-        super().__init__(logging.ERROR)
-        self.found: list[str] = []
-
-    def emit(self, record: logging.LogRecord) -> None:
-        text = record.getMessage()
-        if record.exc_info and record.exc_info[1] is not None:
-            text += f": {record.exc_info[1]!r}"
-        self.found.append(text)
-
-
-class SimulatedAudit:
-    """An audit log that nobody reads."""
-
-    def record(self, context: Context, channel: Channel, denied: Denied, *_: object) -> None:
-        context.counts.denials[denied.rule] += 1
 
 
 class BrokerWorld(World):
@@ -145,6 +77,7 @@ class BrokerWorld(World):
         "bind": 12,
         "listen": 10,
         "connect": 22,
+        "crowd": 2,
         "turn": 50,
         "time": 6,
         "read": 40,
@@ -162,10 +95,11 @@ class BrokerWorld(World):
         "limit": 2,
         "exhaust": 5,
         "wrap": 2,
+        "replace": 2,
         "kill_vsockd": 1,
     }
     faults = frozenset(
-        {"kill", "detach", "change", "limit", "exhaust", "wrap", "kill_vsockd", "close"}
+        {"kill", "detach", "change", "limit", "exhaust", "wrap", "kill_vsockd", "replace", "close"}
     )
 
     def __init__(self) -> None:
@@ -181,7 +115,8 @@ class BrokerWorld(World):
         self.processes: dict[int, Process] = {}
         ProgramChannel.processes = self.processes
         self.clients: list[Client] = []
-        self.arriving: deque[Channel] = deque()  # connections that vsockd has not accepted yet
+        #: connections that vsockd has not accepted yet: their clients and sockets
+        self.arriving: deque[tuple[Process, EndpointKind, socket.socket]] = deque()
         self.devices: list[Device] = []
         self.ids_of: dict[bytes, Client] = {}
         self._start()
@@ -191,6 +126,7 @@ class BrokerWorld(World):
         return [
             *((module, "monotonic", self.loop.time) for module in modules),
             (channel_module, "dispose", dispose),
+            (succession, "_CHANNELS", {**succession._CHANNELS, "ProgramChannel": ProgramChannel}),
             (logging.getLogger("vsockets"), "propagate", False),
         ]
 
@@ -210,16 +146,9 @@ class BrokerWorld(World):
     def _stop(self) -> None:
         """Close all descriptors of vsockd, as the kernel does when it ends."""
         while self.arriving:
-            self.arriving.popleft().close()
-        for context in self.fabric.contexts:
-            self.broker.close_context(context)
+            self.arriving.popleft()[2].close()
         self.loop.forget()
-        liveness = self.broker.streams._liveness
-        for group in liveness.groups():
-            liveness._close(group)
-        liveness._events.close()
-        os.close(liveness._pending_fd)
-        self.broker._turns._epoll.close()
+        close_broker(self.broker)
 
     def close(self) -> None:
         if self.is_serving:
@@ -239,9 +168,16 @@ class BrokerWorld(World):
     def do_turn(self, chance: Random) -> None:
         """vsockd accepts a connection, or serves an event."""
         if self.arriving and chance.random() < 0.6:
-            self.broker.serve_first(self.arriving.popleft())
+            self._accept_client()
         else:
             self.loop.turn(chance)
+
+    def _accept_client(self) -> None:
+        process, kind, theirs = self.arriving.popleft()
+        sock = _socket.socket(AF_UNIX, TYPES[kind], 0, theirs.detach())
+        context = self.fabric.contexts.require(process.cid)
+        credentials = Credentials(process.pid, process.uid, process.uid)
+        self.broker.serve_first(ProgramChannel(sock, context, kind, credentials))
 
     def do_time(self, chance: Random) -> None:
         self.loop.advance(chance.choice([0.001, 0.03, 1.0, 11.0]))
@@ -299,6 +235,46 @@ class BrokerWorld(World):
             self._exit(process)
         self._start()
 
+    def do_replace(self, chance: Random) -> None:
+        """A new vsockd takes over all that the old one has."""
+        before = self._describe()
+        old = self.broker
+        writer = Writer(self.fabric)
+        state = pickle.dumps(succession.save_broker(writer, old))
+        descriptors = [os.dup(fd) for fd in writer.descriptors]
+        self.loop.forget()
+        self.fabric = Fabric(OWNER)
+        self.broker = Broker(cast(Any, self.loop), self.fabric, cast(Any, SimulatedAudit()))
+        reader = Reader(self.fabric, descriptors)
+        succession.restore_broker(reader, pickle.loads(state), cast(Any, self.loop), self.broker)
+        self.broker.streams.resume()
+        self.broker.streams.open()
+        close_broker(old)
+        after = self._describe()
+        assert after == before, f"replaced: {set(after) ^ set(before)}"
+
+    def _describe(self) -> list[object]:
+        """Return what vsockd has, as plain values."""
+        found: list[object] = [("streams", *sorted(self.fabric.connections))]
+        for context in self.fabric.contexts:
+            parties = [
+                (one.name, one.sockets, one.pending, one.channels)
+                for one in context.parties()
+                if one.is_in_use
+            ]
+            state = context.state, context.connected.following, context.device is None
+            found.append((context.cid, *state, *sorted(parties)))
+            for port, holder in sorted(context.connected.items()):
+                kind = type(holder).__name__
+                found.append((context.cid, port, kind, getattr(holder, "listening", None)))
+        for link in self._links():
+            found.append(("pending", *sorted(link._pending)))
+        for channel in self._channels():
+            listener = channel.listener
+            if listener is not None and channel.endpoint is not None:
+                found.append((channel.endpoint.address, len(listener._pending)))
+        return sorted(found, key=repr)
+
     # Programs
 
     def do_start(self, chance: Random) -> None:
@@ -344,10 +320,7 @@ class BrokerWorld(World):
         one = Client(process, kind, ours, self.cookies)
         process.sockets.append(one)
         self.clients.append(one)
-        context = self.fabric.contexts.require(process.cid)
-        credentials = Credentials(process.pid, process.uid, process.uid)
-        sock = _socket.socket(AF_UNIX, TYPES[kind], 0, theirs.detach())
-        self.arriving.append(ProgramChannel(sock, context, kind, credentials))
+        self.arriving.append((process, kind, theirs))
         return one
 
     def do_enter(self, chance: Random) -> None:
@@ -388,7 +361,19 @@ class BrokerWorld(World):
         targets = [(device.cid, DEVICE_PORT) for device in self.devices]
         nobody = [(HOST, 9)]
         known = chance.choice([listeners, listeners, listeners, targets, nobody]) or nobody
-        one.wanted = chance.choice(known)
+        self._connect(chance, one, chance.choice(known))
+
+    def do_crowd(self, chance: Random) -> None:
+        """Many sockets, some of them bound, connect to one device, whose link is full then."""
+        device = pick(chance, self.devices)
+        for _ in range(8 if device is not None else 0):
+            one = (chance.random() < 0.5 and self._idle(chance, "bound")) or self._new(chance)
+            if one and device is not None:
+                self._connect(chance, one, (device.cid, DEVICE_PORT))
+                self.do_turn(chance)
+
+    def _connect(self, chance: Random, one: Client, address: tuple[int, int]) -> None:
+        one.wanted = address
         one.polling = chance.random() < 0.3
         one.may_end |= one.wanted[1] == DEVICE_PORT
         self._ask(one, "connect", client.connect(one.wanted, SIZES, one.cookie, one.polling))
@@ -704,7 +689,7 @@ class BrokerWorld(World):
         """Let everybody take a step; return whether there was one to take."""
         moved = bool(self.arriving)
         while self.arriving:
-            self.broker.serve_first(self.arriving.popleft())
+            self._accept_client()
         moved |= self.loop.turn(chance)
         for one in list(self.clients):
             if one.awaits:
@@ -722,18 +707,3 @@ class BrokerWorld(World):
                 self._settle(device, device.pending.pop(), chance.random() < 0.5)
         self.loop.advance(0.05)
         return moved
-
-
-def fill_descriptors() -> list[int]:
-    """Open descriptors until the open ones are the lowest numbers, so that the next are known."""
-    fillers: list[int] = []
-    highest = max(fd for fd in map(int, os.listdir("/proc/self/fd")) if fd < FILLED_MAX)
-    while not fillers or fillers[-1] < highest:
-        fillers.append(os.dup(0))
-    return fillers
-
-
-def dispose(fd: int, closed: Any) -> None:
-    """Close a descriptor at once, instead of in a thread."""
-    os.close(fd)
-    closed()

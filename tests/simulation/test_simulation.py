@@ -32,7 +32,7 @@ from .virtio_device_world import VirtioDeviceWorld
 from .virtio_world import VirtioWorld
 from .vmci_world import VmciWorld
 
-SECONDS = 20  #: of one core, for all worlds
+SECONDS = 16  #: of one core, for all worlds
 STEPS = 300
 
 Plant = Callable[[pytest.MonkeyPatch], None]
@@ -283,11 +283,17 @@ def last_descriptor_is_lost(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(Broker, "_keep", faulty)
 
 
+def closed_link_is_handed_over_once(patch: pytest.MonkeyPatch) -> None:
+    """Found by this simulator: the next replacement failed with an AttributeError."""
+    patch.setattr(handover.Reader, "link", lambda self, at: self if at < 0 else self.links[at])
+
+
 BROKER_FAULTS: list[Plant] = [
     refused_socket_is_dropped,
     link_does_not_wait_for_reports,
     full_link_unbinds,
     last_descriptor_is_lost,
+    closed_link_is_handed_over_once,
 ]
 
 VIRTIO_DEVICE_FAULTS: list[Plant] = [kick_is_lost, reset_overtakes_the_last_bytes]
@@ -333,11 +339,23 @@ PLANTS: list[tuple[type[World], Plant]] = [
 
 #: the seed to begin with, for faults that few seeds find
 FIRST_SEEDS: dict[Plant, int] = {
-    full_link_unbinds: 130,
-    link_does_not_wait_for_reports: 90,
-    refused_socket_is_dropped: 40,
+    any_holder_releases: 20,
+    closed_link_is_handed_over_once: 54,
+    domains_are_ignored: 10,
+    fault_tolerance_of_the_destination: 15,
+    full_link_unbinds: 230,
+    kick_is_lost: 24,
+    last_descriptor_is_lost: 18,
     local_cid_is_a_source_elsewhere: 440,
     local_connect_is_not_settled: 1410,
+    migration_keeps_streams: 25,
+    port_of_a_pending_connect_is_assigned: 26,
+    refused_connect_unbinds: 50,
+    refused_socket_is_dropped: 76,
+    report_for_an_earlier_connect: 10,
+    reset_overtakes_the_last_bytes: 15,
+    trust_of_the_moment: 50,
+    withheld_byte_is_not_published: 18,
 }
 
 
