@@ -101,6 +101,7 @@ class Control:
         powered: bool = True,
         hybrid: str | os.PathLike[str] | None = None,
         reserved_ports: bool = False,
+        parent: int | None = None,
     ) -> dict[str, Any]:
         """Add a guest, by default with an unused CID; return its row of :meth:`contexts`.
 
@@ -108,7 +109,9 @@ class Control:
         apply to ``legacy`` only (docs/security.md).  ``limits`` replaces some default limits.
         ``hybrid`` is the absolute path of the guest's unix socket for hybrid vsock
         (docs/hybrid.md).  ``reserved_ports`` lets the guest's programs bind ports below 1024
-        without CAP_NET_BIND_SERVICE.
+        without CAP_NET_BIND_SERVICE.  ``parent`` is the CID of a guest that this guest may
+        communicate with in spite of their profiles: the one that has started it, such as the parent
+        instance of an enclave.
 
         Raises OSError: EEXIST if the CID is in use, EINVAL if a value is invalid, EPERM if
         ``reserved_ports`` is set for a guest of another user than the fabric's owner.
@@ -126,6 +129,7 @@ class Control:
             powered=powered,
             hybrid=None if hybrid is None else os.fspath(hybrid),
             reserved_ports=reserved_ports,
+            parent=parent,
         )
 
     def remove_context(self, cid: int) -> None:
@@ -148,6 +152,19 @@ class Control:
         """
         request = {"op": "context.device", "cid": cid}
         request |= {"seqpacket": seqpacket, "host_ports": host_ports}
+        return self._request_link(request)
+
+    def attach_played_host(self, cid: int) -> socket.socket:
+        """Return a new connection to vsockd for a played hypervisor, which stands for the host.
+
+        Over it arrive the guest's connects to the host's ports on which no program of the fabric
+        listens.  :mod:`vsockets.testing` uses the connection.
+
+        Raises OSError: ENOENT, EINVAL, or EBUSY (the guest has hybrid vsock or is played).
+        """
+        return self._request_link({"op": "context.played", "cid": cid})
+
+    def _request_link(self, request: Mapping[str, Any]) -> socket.socket:
         self._sock.sendall(json.dumps(request).encode() + b"\n")
         line, fds, _, _ = socket.recv_fds(self._sock, 65_536, 1)
         reply = (

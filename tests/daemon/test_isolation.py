@@ -128,3 +128,17 @@ def test_a_removed_guests_connections_are_closed(vsock_fabric: PrivateFabric) ->
     # A new guest of that CID is another one.
     successor = vsock_fabric.guest(3)
     vsockets.create_server((3, 5000), context=successor).close()
+
+
+def test_a_removed_parent(fabric: PrivateFabric) -> None:
+    """A later guest with its CID is a stranger, as any other guest."""
+    parent = fabric.guest()
+    child = fabric.guest(parent=parent.cid)
+    with vsockets.create_server((vsockets.VMADDR_CID_ANY, 7171), context=parent):
+        vsockets.create_connection((parent.cid, 7171), context=child).close()
+    fabric.control.remove_context(parent.cid)
+    stranger = fabric.guest(parent.cid)
+    address = stranger.cid, 7171
+    with vsockets.create_server(address, context=stranger), pytest.raises(OSError) as caught:
+        vsockets.create_connection(address, context=child)
+    assert caught.value.errno == errno.EHOSTUNREACH

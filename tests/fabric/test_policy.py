@@ -119,6 +119,19 @@ def test_between_guests(here: Isolation, there: Isolation, kind: EndpointKind) -
 
 
 @every_kind
+def test_a_guest_and_its_parent(kind: EndpointKind) -> None:
+    """A guest and its parent reach each other; two guests of one parent do not."""
+    house = House(DEFAULT)
+    first, second = house.add(4, DEFAULT), house.add(5, DEFAULT)
+    first.parent = second.parent = house.guest.cid
+    for context in (house.guest, first, second):
+        house.serve(context, kind, ME)
+    assert house.reach(first, kind, ME, house.guest.cid) is None
+    assert house.reach(house.guest, kind, ME, 4) is None
+    assert rule(house.reach(first, kind, ME, 5)) is Rule.GUEST_TO_GUEST
+
+
+@every_kind
 @pytest.mark.parametrize(
     ("here", "there", "expected"),
     [

@@ -350,6 +350,7 @@ class ContextManager:
         context.set_limits(wanted.limits)
         context.hybrid = wanted.hybrid
         context.reserved_ports = wanted.reserved_ports
+        context.parent = wanted.parent
         try:
             self._isolated.record(contexts)
             if wanted.powered:
@@ -486,6 +487,9 @@ class ContextManager:
             listener.close()
 
     def _finish_removal(self, context: Context) -> None:
+        for other in self._fabric.contexts:
+            if other.parent == context.cid:  # the CID may be assigned to another guest
+                other.parent = 0
         self._close_listeners(context)
         self._broker.close_context(context)
         self._publish(context, "removed")

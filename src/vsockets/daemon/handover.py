@@ -158,6 +158,7 @@ def save_context(context: Context) -> Saved:
             limits.datagram_bytes,
         ],
         "reserved_ports": context.reserved_ports,
+        "parent": context.parent,
         "state": context.state.value,
         "fault_tolerant": context.fault_tolerant,
         "hybrid": context.hybrid,
@@ -177,6 +178,7 @@ def restore_context(fabric: Fabric, saved: Saved) -> None:
     context.isolation = Isolation(Profile(profile), unrestricted, domain)
     context.set_limits(Limits(*saved["limits"]))
     context.reserved_ports = saved["reserved_ports"]
+    context.parent = saved["parent"]
     context.state = State(saved["state"])
     context.fault_tolerant = saved["fault_tolerant"]
     context.hybrid = saved["hybrid"]

@@ -30,7 +30,7 @@ from .._linux.folders import SocketFile, can_others_change
 from .._linux.libc import last_error, libc
 from .._linux.sockets import refuse_descriptors
 from ..eventloop.loop import Acceptor, EventLoop
-from ..fabric import Context, Credentials, Endpoint, EndpointKind, Trust
+from ..fabric import Context, Credentials, Endpoint, EndpointKind, Refused, Trust
 from ..limits import HYBRID_LINE_MAX_BYTES
 from ..model.buffers import BufferSizes
 from ..protocol import Op, Record, Request, RequestFlag
@@ -236,6 +236,64 @@ class HybridListener:
             Credentials(self._relay.pid, user, group),
             trust=Trust(user, False, self._broker.fabric.settings.host_domains),
             handle=self._relay,
+            listening=True,
+            pending=True,
+        )
+
+
+class PlayedHostLink(HandoffLink):
+    """A link to a played hypervisor, which decides a guest's connects to ports of the host.
+
+    It receives the connects to the ports on which no program of the fabric listens.
+    """
+
+    def __init__(
+        self,
+        loop: EventLoop,
+        broker: Broker,
+        guest: Context,
+        link: _socket.socket,
+        credentials: Credentials,
+    ) -> None:
+        """Attach the link to ``guest``; ``credentials`` are those of the hypervisor's process.
+
+        Raises Refused with EINVAL (``guest`` is not a guest) or EBUSY (another process decides
+        these connects).
+        """
+        if not guest.is_guest:
+            raise Refused(errno.EINVAL, f"context {guest.cid} is not a guest")
+        if guest.fallback is not None:
+            raise Refused(errno.EBUSY, f"context {guest.cid} has hybrid vsock or is played")
+        super().__init__(loop, broker, broker.fabric.contexts.host, link)
+        self._guest = guest
+        self._credentials = credentials
+        self._domains = broker.fabric.settings.host_domains
+        guest.fallback = self.find
+
+    def save(self, writer: Writer) -> Saved:
+        """Return the link for the next vsockd."""
+        return {
+            **super().save(writer),
+            "played": self._guest.cid,
+            "credentials": (*self._credentials,),
+        }
+
+    def close(self) -> None:
+        """Close the link; the guest's connects are refused from now on."""
+        if self._guest.fallback == self.find:
+            self._guest.fallback = None
+        super().close()
+
+    def find(self, kind: EndpointKind, port: int) -> Endpoint | None:
+        """Return an endpoint for the host's ``port``, which the hypervisor accepts or refuses."""
+        if kind is not EndpointKind.STREAM:
+            return None
+        host, user = self._context, self._credentials.uid
+        trust = Trust(user, False, self._domains)
+        return Endpoint(
+            *(kind, host, host.cid, port, self._credentials),
+            trust=trust,
+            handle=self,
             listening=True,
             pending=True,
         )

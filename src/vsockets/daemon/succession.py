@@ -52,7 +52,7 @@ from .handover import (
     save_endpoint,
     save_fabric,
 )
-from .hybrid_listener import HybridChannel, Relay
+from .hybrid_listener import HybridChannel, PlayedHostLink, Relay
 
 log = logging.getLogger(__name__)
 
@@ -83,6 +83,9 @@ def save_broker(writer: Writer, broker: Broker) -> Saved:
     for context in broker.fabric.contexts:
         if context.device is not None:
             writer.link(context.device.streams)
+        played = getattr(context.fallback, "__self__", None)
+        if isinstance(played, PlayedHostLink):
+            writer.link(played)
     served = broker.save(writer)
     links, channels, endpoints = _save_references(writer)
     # Routes lead to endpoints that channels and connections do not mention.
@@ -159,6 +162,9 @@ def _restore_link(reader: Reader, saved: Saved, loop: EventLoop, broker: Broker)
     link: HandoffLink
     if "pid" in saved:
         link = Relay(loop, broker, sock, saved["pid"])
+    elif "played" in saved:
+        guest, credentials = reader.context(saved["played"]), Credentials(*saved["credentials"])
+        link = PlayedHostLink(loop, broker, guest, sock, credentials)
     else:
         credentials, ports = Credentials(*saved["credentials"]), saved["host_ports"]
         is_reporting = ports is not None

@@ -345,6 +345,7 @@ class Context:
         "meter",
         "name",
         "owner",
+        "parent",
         "reserved_ports",
         "state",
     )
@@ -356,6 +357,8 @@ class Context:
         #: True for a virtual machine, False for the host and the hypervisor
         self.is_guest = cid >= FIRST_GUEST_CID
         self.isolation = Isolation()
+        #: CID of the guest that has started this one, which the two may reach; 0 without one
+        self.parent = 0
         #: True if programs of this context may bind ports below 1024 without a capability
         self.reserved_ports = False
         self.state = State.RUNNING

@@ -87,6 +87,7 @@ class ContextSettings:
     hybrid: str = ""  #: path of a unix socket that offers the guest's ports as hybrid vsock
     #: programs may bind ports below 1024 without a capability; for guests of the fabric's owner
     reserved_ports: bool = False
+    parent: int = 0  #: CID of the guest that has started this one; 0 without one
 
 
 @dataclass(frozen=True, slots=True)

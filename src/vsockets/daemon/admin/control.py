@@ -37,6 +37,7 @@ from ..context_manager import ContextManager
 from ..credentials import peer_credentials
 from ..device_link import DeviceLink
 from ..handover import Reader, Saved, Writer
+from ..hybrid_listener import PlayedHostLink
 from ..limits import CONTROL_REQUEST_MAX_BYTES, EVENTS_UNREAD_MAX_BYTES
 from . import reports
 from .audit import Events, Topic
@@ -141,6 +142,7 @@ class ControlSession:
             "context.remove": self._remove_context,
             "context.device": self._attach_device,
             "context.ready": lambda request: handlers.contexts.announce_ready(_cid(request)),
+            "context.played": self._attach_played_host,
             "stream.disconnect": self._disconnect,
             "reload": lambda _: handlers.reload(),
             "subscribe": self._subscribe,
@@ -267,6 +269,7 @@ class ControlSession:
             powered=request.boolean("powered") is not False,
             hybrid=read_hybrid(request),
             reserved_ports=bool(request.boolean("reserved_ports")),
+            parent=request.integer("parent", FIRST_GUEST_CID, LAST_GUEST_CID) or 0,
         )
         lease = bool(request.boolean("lease"))
         context = self._handlers.contexts.add(
@@ -297,6 +300,19 @@ class ControlSession:
             host_ports = bool(request.boolean("host_ports"))
             DeviceLink(self._loop, broker, context, ours, owner, seqpacket, host_ports)
         except (Refused, ConfigurationError):
+            ours.close()
+            theirs.close()
+            raise
+        self._descriptors.append(theirs.detach())
+
+    def _attach_played_host(self, request: Table) -> None:
+        """Attach a played hypervisor; its link is sent with the reply."""
+        broker = self._handlers.broker
+        context = broker.fabric.contexts.require(_cid(request))
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        try:
+            PlayedHostLink(self._loop, broker, context, ours, peer_credentials(self._sock))
+        except Refused:
             ours.close()
             theirs.close()
             raise
