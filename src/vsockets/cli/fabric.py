@@ -21,11 +21,19 @@ from typing import NoReturn
 import click
 
 from ..model.constants import VMADDR_CID_HOST
+from ..played.personalities import NAMES, find
 from ..supervisor.launch import ENDED, FAILURE, MESSAGE
 from .delegation import LAUNCHER
 from .errors import CliError, one_line
 from .groups import command
-from .options import parse_guest, parser_of, place_option, read_guest, reserved_ports_option
+from .options import (
+    parse_guest,
+    parser_of,
+    path_option,
+    place_option,
+    read_guest,
+    reserved_ports_option,
+)
 from .output import complain
 from .run import interceptor_option, program_argument, run_here
 
@@ -46,10 +54,26 @@ def _read_hybrid(text: str) -> tuple[int, Path]:
     return parse_guest(cid), Path(path).absolute()
 
 
+@parser_of
+def _read_personality(text: str) -> str:
+    find(text)
+    return text
+
+
 @command("fabric", context_settings={"allow_interspersed_args": False})
 @program_argument("COMMAND")
 @place_option(
     "--cid", default="host", help="Context of the command: a number or host. A guest is created."
+)
+@click.option(
+    "--as",
+    "hypervisor",
+    type=_read_personality,
+    metavar="HYPERVISOR[@VERSION]",
+    help=f"Play a machine of this hypervisor: {', '.join(NAMES)}. vsock played controls it.",
+)
+@path_option(
+    "--socket", metavar="PATH", help="With --as: unix socket of the machine. Default: a new one."
 )
 @click.option(
     "--guest",
@@ -75,6 +99,8 @@ def fabric(
     context: click.Context,
     program: tuple[str, ...],
     cid: int,
+    hypervisor: str | None,
+    socket: Path | None,
     guests: tuple[int, ...],
     hybrid: tuple[tuple[int, Path], ...],
     reserved_ports: bool,
@@ -100,7 +126,16 @@ def fabric(
             "not possible within another vsock fabric: vsockd would be supervised (start a "
             "program in the outer fabric: vsock run --cid CID -- PROGRAM)"
         )
-    keeper = _start_keeper(wanted, reserved_ports)
+    if socket is not None and hypervisor is None:
+        raise click.UsageError("--socket: needs --as (expected --as HYPERVISOR)")
+    machine = None
+    if hypervisor is not None:
+        machine = hypervisor, None if socket is None else os.path.abspath(socket)
+        host = find(hypervisor).host_cid
+        if cid == VMADDR_CID_HOST:
+            cid = host
+        wanted.pop(host, None)
+    keeper = _start_keeper(wanted, reserved_ports, machine)
     run_here(program, cid, interceptor=interceptor, keeper=keeper)
 
 
@@ -144,7 +179,9 @@ class _Keeper:
         shutil.rmtree(self._folder, ignore_errors=True)
 
 
-def _start_keeper(guests: dict[int, Path | None], reserved_ports: bool) -> _Keeper:
+def _start_keeper(
+    guests: dict[int, Path | None], reserved_ports: bool, machine: tuple[str, str | None] | None
+) -> _Keeper:
     """Start the keeper, and set this process's environment to its fabric.
 
     Returns the connection to the keeper.
@@ -156,7 +193,7 @@ def _start_keeper(guests: dict[int, Path | None], reserved_ports: bool) -> _Keep
     if child == 0:
         # The keeper has no parent here, because vsock run waits for every child.
         if os.fork() == 0:
-            _keep(theirs, guests, reserved_ports)
+            _keep(theirs, guests, reserved_ports, machine)
         os._exit(0)
     theirs.close()
     os.waitpid(child, 0)
@@ -174,7 +211,12 @@ def _start_keeper(guests: dict[int, Path | None], reserved_ports: bool) -> _Keep
 # The keeper
 
 
-def _keep(front: socket.socket, guests: dict[int, Path | None], reserved_ports: bool) -> NoReturn:
+def _keep(
+    front: socket.socket,
+    guests: dict[int, Path | None],
+    reserved_ports: bool,
+    machine: tuple[str, str | None] | None,
+) -> NoReturn:
     """Keep a fabric until ``front``, the connection to the command's process, is closed.
 
     The keeper reports an error only before it serves, when the command does not run yet.
@@ -184,7 +226,7 @@ def _keep(front: socket.socket, guests: dict[int, Path | None], reserved_ports: 
         _detach(front)
         from .fabric_keeper import Keeper
 
-        Keeper(front, guests, reserved_ports).run()
+        Keeper(front, guests, reserved_ports, machine).run()
         code = 0
     except Exception as error:
         if isinstance(error, click.ClickException):

@@ -19,6 +19,7 @@ from .._linux.rlimit import allow_many_descriptors
 from ..model.text import printable
 from ..supervisor.launch import ENDED, FAILURE, MESSAGE, kill_all_children
 from ..testing import FabricFailed, PrivateFabric
+from . import played
 from .delegation import LAUNCHER, Delegated, Launcher
 from .errors import CliError, one_line
 from .output import complain
@@ -38,11 +39,19 @@ class Keeper:
     """A private fabric that ends with a command."""
 
     def __init__(
-        self, front: socket.socket, guests: dict[int, Path | None], reserved_ports: bool
+        self,
+        front: socket.socket,
+        guests: dict[int, Path | None],
+        reserved_ports: bool,
+        machine: tuple[str, str | None] | None,
     ) -> None:
-        """Take ownership of ``front``, the connection to the command's process."""
+        """Take ownership of ``front``, the connection to the command's process.
+
+        ``machine`` is the hypervisor to play, and the path of its unix socket.
+        """
         self._front = front
         self._guests = guests
+        self._machine = machine
         self._reserved_ports = reserved_ports
         self._fabric = PrivateFabric()
         self._launcher: Launcher | None = None
@@ -88,6 +97,7 @@ class Keeper:
 
         If a supervisor were killed first, its programs would go on without AF_VSOCK.
         """
+        self._fabric.end_played()
         self._lifeline.close()
         self._supervisors.shutdown(socket.SHUT_WR)
         select.select([self._supervisors], [], [], _SUPERVISORS_SECONDS)
@@ -98,6 +108,8 @@ class Keeper:
         for cid, path in self._guests.items():
             fabric.guest(cid, hybrid=path, reserved_ports=self._reserved_ports)
         environment = {"VSOCKETS_DIR": os.fspath(fabric.folder), "VSOCKETS_TRANSPORT": "fabric"}
+        if self._machine is not None:
+            environment |= self._play(*self._machine)
         self._selector.register(self._front, selectors.EVENT_READ, self._on_front)
         self._selector.register(wakeups, selectors.EVENT_READ, self._on_signals)
         socket_path = fabric.folder.parent / "launcher"
@@ -111,6 +123,16 @@ class Keeper:
             "vsockd": fabric.pid,
         }
         self._front.send(json.dumps(report).encode())
+
+    def _play(self, hypervisor: str, path: str | None) -> dict[str, str]:
+        """Add the played machine; return its environment variables."""
+        machine = self._fabric.played(hypervisor, socket=path)
+        return {
+            played.API: self._fabric.played_api,
+            played.CID: str(machine.cid),
+            played.SOCKET: machine.socket,
+            played.AGENT: machine.agent,
+        }
 
     def _serve(self) -> int:
         """Serve until the command has ended, and return its wait status."""

@@ -70,6 +70,10 @@ class DeviceLoop(EventLoop):
             timeout = 0
         return self._wait(timeout, maxevents)
 
+    def fileno(self) -> int:
+        """Return the epoll descriptor, which is readable when :meth:`turn` has work."""
+        return self._epoll.fileno()
+
     def close(self) -> None:
         """Close the loop's epoll descriptor."""
         self._epoll.close()

@@ -4,6 +4,7 @@ Only the module ``plugin``, which pytest loads by its entry point, needs pytest.
 """
 
 from .fabric import FabricFailed, PrivateFabric
+from .played import PlayedFailed, PlayedMachine
 from .waiting import wait_until
 
-__all__ = ["FabricFailed", "PrivateFabric", "wait_until"]
+__all__ = ["FabricFailed", "PlayedFailed", "PlayedMachine", "PrivateFabric", "wait_until"]

@@ -18,6 +18,8 @@ from ..attachment import Attachment
 from ..control import Control
 from ..extras import how_to_install
 from ..model.constants import VMADDR_CID_HOST, VMADDR_CID_HYPERVISOR
+from . import played
+from .played import PlayedMachine
 
 StrPath = str | os.PathLike[str]
 
@@ -77,6 +79,7 @@ class PrivateFabric:
         self._process: subprocess.Popen[bytes] | None = None
         self._lifeline = -1  # a pipe to vsockd, which ends when this process does
         self._programs: list[subprocess.Popen[Any]] = []
+        self._player: subprocess.Popen[Any] | None = None  # plays machines
         self._errors_expected = False
 
     def __enter__(self) -> PrivateFabric:
@@ -130,6 +133,38 @@ class PrivateFabric:
         machine whose agent runs as root.
         """
         return Attachment(self.control.add_context(cid, name, owner, **settings)["folder"])
+
+    def played(
+        self,
+        hypervisor: str,
+        cid: int | None = None,
+        *,
+        socket: str | os.PathLike[str] | None = None,
+    ) -> PlayedMachine:
+        """Add a machine of a played hypervisor, such as ``firecracker`` or ``kata``.
+
+        ``hypervisor`` may end with ``@`` and a version.  ``socket`` is the path of the machine's
+        unix socket, by default in a new folder.  Needs the package's dependencies.
+
+        Raises PlayedFailed if the hypervisor is unknown or the machine cannot be created.
+        """
+        if self._player is None:
+            self._player = played.start(self, _vsock(), self.played_api)
+        path = None if socket is None else os.path.abspath(socket)
+        values = {"hypervisor": hypervisor, "cid": cid, "socket": path}
+        row = played.request(self.played_api, "POST", "/machines", **values)
+        return PlayedMachine(self, self.played_api, row)
+
+    def end_played(self) -> None:
+        """End all played machines and remove their unix sockets; do nothing without any."""
+        player, self._player = self._player, None
+        if player is not None:
+            played.end(player)
+
+    @property
+    def played_api(self) -> str:
+        """Path of the unix socket of the HTTP API of played machines."""
+        return os.fspath(self._scratch / "played")
 
     def popen(
         self, context: Attachment, arguments: Sequence[StrPath], **options: Any
@@ -254,6 +289,7 @@ class PrivateFabric:
             raise FabricFailed(f"vsockd logged {len(errors)} errors:\n{self.log}")
 
     def _end_programs(self) -> None:
+        self.end_played()
         for process in self._programs:
             if process.poll() is None:
                 process.kill()
@@ -293,10 +329,17 @@ def _environment_of_vsockd() -> dict[str, str]:
     return {**environment, "PYTHONPATH": os.pathsep.join(search_path)}
 
 
-def _supervised(context: Attachment, arguments: Sequence[StrPath]) -> list[StrPath]:
-    """Return the command that runs ``arguments`` in ``context``."""
+def _vsock() -> list[StrPath]:
+    """Return the command ``vsock``.
+
+    Raises FabricFailed if its dependencies are missing.
+    """
     if importlib.util.find_spec("click") is None:
         raise FabricFailed(f"vsock run is missing: {how_to_install()}")
     # Neither the working folder nor PYTHONPATH decides what this imports.
-    vsock = (sys.executable, "-P", "-c", _VSOCK)
-    return [*vsock, "run", "--cid", str(context.cid), "--", *arguments]
+    return [sys.executable, "-P", "-c", _VSOCK]
+
+
+def _supervised(context: Attachment, arguments: Sequence[StrPath]) -> list[StrPath]:
+    """Return the command that runs ``arguments`` in ``context``."""
+    return [*_vsock(), "run", "--cid", str(context.cid), "--", *arguments]

@@ -1,0 +1,260 @@
+"""``vsock played``: the life and the faults of played machines, and the process that plays them."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from ..played.faults import FAULTS, Fault
+from ..played.personalities import find
+from .errors import CliError
+from .groups import command, group
+from .options import cid_argument, count_option, json_option, path_option, seconds_option
+from .output import Column, print_json, print_table
+
+if TYPE_CHECKING:
+    from ..played.machine import Hypervisor, Machine
+    from .http_server import Handler, Request, Response
+
+#: Environment variables of a command under ``vsock fabric --as``.
+API, CID, SOCKET, AGENT = (f"VSOCKETS_PLAYED{name}" for name in ("", "_CID", "_SOCKET", "_AGENT"))
+
+_COLUMNS = (
+    Column("CID", right=True),
+    Column("HYPERVISOR"),
+    Column("STATE"),
+    Column("CONNECTIONS", right=True),
+    Column("SOCKET"),
+)
+
+
+@group("played")
+def played() -> None:
+    """Pause, snapshot, restore and break machines of a played hypervisor.
+
+    For a test suite under vsock fabric --as HYPERVISOR; docs/test-your-agent.md.
+    """
+
+
+@played.command("ls")
+@json_option
+def ls(as_json: bool) -> None:
+    """List the played machines."""
+    rows = _ask("GET", "/machines")
+    if as_json:
+        print_json(rows)
+        return
+    print_table(
+        _COLUMNS,
+        [
+            (
+                str(row["cid"]),
+                f"{row['hypervisor']}@{row['version']}",
+                row["state"],
+                str(row["connections"]),
+                row["socket"] or "-",
+            )
+            for row in rows
+        ],
+    )
+
+
+def _operation(name: str, text: str) -> None:
+    @played.command(name, help=text)
+    @cid_argument
+    def call(cid: int) -> None:
+        _ask("POST", f"/machines/{cid}/{name}")
+
+
+for _name, _text in {
+    "pause": "Stop a machine: data and connects wait in its device.",
+    "resume": "Continue a paused machine.",
+    "kill": "End a machine's hypervisor; the file of its unix socket stays.",
+    "reboot": "Start a machine's guest again, without any program.",
+}.items():
+    _operation(_name, _text)
+
+
+@played.command("snapshot")
+@cid_argument
+def snapshot(cid: int) -> None:
+    """Save a machine, and print the snapshot's number."""
+    print(_ask("POST", f"/machines/{cid}/snapshot")["snapshot"])
+
+
+@played.command("restore")
+@cid_argument
+@count_option("--snapshot", metavar="NUMBER", help="Snapshot to load. Default: the last one.")
+def restore(cid: int, snapshot: int | None) -> None:
+    """Replace a machine's hypervisor by one that loads a snapshot."""
+    _ask("POST", f"/machines/{cid}/restore", snapshot=snapshot)
+
+
+@played.command("clone")
+@cid_argument
+@count_option("--count", default=1, metavar="N", help="Number of clones.")
+def clone(cid: int, count: int) -> None:
+    """Create machines from the last snapshot of one; print CID and unix socket of each."""
+    for row in _ask("POST", f"/machines/{cid}/clone", count=count)["machines"]:
+        print(row["cid"], row["socket"] or "-")
+
+
+@played.command("change-cid")
+@cid_argument
+@count_option("--to", min=3, required=True, metavar="CID", help="The new CID.")
+def change_cid(cid: int, to: int) -> None:
+    """Boot a machine again with another CID, without any program."""
+    _ask("POST", f"/machines/{cid}/change-cid", cid=to)
+
+
+@played.command("fault")
+@cid_argument
+@click.option("--name", type=click.Choice(tuple(FAULTS)), required=True, help="The fault.")
+@count_option("--seed", min=0, default=0, metavar="N", help="Seed of its random choices.")
+@count_option("--times", default=1, metavar="N", help="Number of connections to strike.")
+@seconds_option("--seconds", default=0.2, help="Delay of late-ok and slow.")
+def fault(cid: int, name: str, seed: int, times: int, seconds: float) -> None:
+    """Have a fault strike the next connections of a machine."""
+    values = {"name": name, "seed": seed, "times": times, "seconds": seconds}
+    _ask("POST", f"/machines/{cid}/fault", **values)
+
+
+@played.command("log")
+def log() -> None:
+    """Print the operations and the faults that have struck, oldest first."""
+    for line in _ask("GET", "/log"):
+        print(line)
+
+
+@command("serve", hidden=True)
+@path_option("--socket", required=True, metavar="PATH", help="Unix socket of the HTTP API.")
+def serve(socket: Path) -> None:
+    """Play machines in the fabric of VSOCKETS_DIR until standard input ends."""
+    from ..model.locator import Unix
+    from ..played.machine import Hypervisor
+    from . import http_server
+
+    hypervisor: Hypervisor | None = None
+
+    def prepare(where: str) -> Handler:
+        nonlocal hypervisor
+        hypervisor = Hypervisor(Path(os.environ["VSOCKETS_DIR"]))
+        print(where, flush=True)
+        return Api(hypervisor).answer
+
+    async def until_input_ends() -> None:
+        await _end_of_input()
+        assert hypervisor is not None
+        hypervisor.close()
+        os._exit(0)
+
+    http_server.serve(Unix(os.fspath(socket)), prepare, until_input_ends)
+
+
+played.add_command(serve)
+
+
+async def _end_of_input() -> None:
+    import asyncio
+
+    loop = asyncio.get_running_loop()
+    ended = loop.create_future()
+
+    def read() -> None:
+        if not os.read(0, 4096) and not ended.done():
+            ended.set_result(None)
+
+    loop.add_reader(0, read)
+    await ended
+
+
+class Api:
+    """The HTTP API: a JSON object in, a JSON value out, one line of text for an error."""
+
+    def __init__(self, hypervisor: Hypervisor) -> None:
+        self._hypervisor = hypervisor
+        self._operations: dict[str, Callable[[Machine, Mapping[str, Any]], object]] = {
+            "pause": lambda machine, values: machine.pause(),
+            "resume": lambda machine, values: machine.resume(),
+            "kill": lambda machine, values: machine.kill(),
+            "reboot": lambda machine, values: machine.reboot(),
+            "snapshot": lambda machine, values: {"snapshot": machine.snapshot()},
+            "restore": lambda machine, values: machine.restore(values.get("snapshot")),
+            "clone": self._clone,
+            "change-cid": lambda machine, values: hypervisor.change_cid(
+                machine.cid, int(values["cid"])
+            ).describe(),
+            "fault": lambda machine, values: machine.arm(Fault(**values)),
+        }
+
+    async def answer(self, request: Request) -> Response:
+        """Return the response to a request."""
+        from ..played.machine import PlayedError
+        from .http_server import Response, text
+
+        try:
+            values = json.loads(request.body or b"{}")
+            if not isinstance(values, dict):
+                raise ValueError("invalid body (expected a JSON object)")
+            found = self._call(request.method, request.path.strip("/").split("/"), values)
+        except LookupError as error:
+            return text(404, str(error.args[0]))
+        except PlayedError as error:
+            return text(409, str(error))
+        except (ValueError, TypeError) as error:
+            return text(400, str(error))
+        except OSError as error:
+            return text(409, error.strerror or str(error))
+        return Response(200, "application/json", json.dumps(found).encode() + b"\n")
+
+    def _call(self, method: str, path: list[str], values: dict[str, Any]) -> object:
+        hypervisor = self._hypervisor
+        match method, path:
+            case "GET", ["log"]:
+                return hypervisor.log
+            case "GET", ["machines"]:
+                return [machine.describe() for machine in hypervisor.machines.values()]
+            case "POST", ["machines"]:
+                where = values.get("socket")
+                place = None if where is None else Path(where)
+                personality = find(values.get("hypervisor", ""))
+                return hypervisor.add(personality, values.get("cid"), place).describe()
+            case "GET", ["machines", cid]:
+                return self._machine(cid).describe()
+            case "POST", ["machines", cid, operation] if operation in self._operations:
+                machine = self._machine(cid)
+                return self._operations[operation](machine, values) or machine.describe()
+        raise LookupError(
+            "not found (expected GET /log, GET or POST /machines, GET /machines/CID or POST "
+            f"/machines/CID/OPERATION: {', '.join(self._operations)})"
+        )
+
+    def _machine(self, cid: str) -> Machine:
+        found = self._hypervisor.machines.get(int(cid) if cid.isdecimal() else -1)
+        if found is None:
+            raise LookupError(f"no played machine has CID {cid}")
+        return found
+
+    def _clone(self, machine: Machine, values: Mapping[str, Any]) -> object:
+        clones = self._hypervisor.clone(machine.cid, int(values.get("count", 1)))
+        return {"machines": [one.describe() for one in clones]}
+
+
+def _ask(method: str, target: str, **values: Any) -> Any:
+    from ..testing.played import PlayedFailed, request
+
+    api = os.environ.get(API)
+    if api is None:
+        raise CliError(
+            f"{API} is not set: no hypervisor is played here (expected a command under "
+            "vsock fabric --as HYPERVISOR -- COMMAND)"
+        )
+    try:
+        return request(api, method, target, **values)
+    except PlayedFailed as error:
+        raise CliError(str(error)) from None

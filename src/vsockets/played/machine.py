@@ -1,0 +1,688 @@
+"""Played machines: a VMM's vSockets device, between a guest of the fabric and its host.
+
+A machine with hybrid vsock is in the middle of each connection, as the VMM's device is.  It has the
+unix socket and accepts CONNECT lines; the guest's connects to ports of the host arrive over a link
+to vsockd (:meth:`vsockets.control.Control.attach_played_host`).  A machine with the kernel's
+AF_VSOCK is in the middle of none: programs connect directly, and the machine changes the state of
+the guest's context only.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import os
+import socket as stdlib
+from collections.abc import Callable, Coroutine
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..attachment import Attachment
+from ..control import Control
+from ..devices.client import ConnectRequest, DeviceClient
+from ..devices.loop import DeviceLoop
+from ..model.constants import VMADDR_CID_ANY, VMADDR_CID_HOST
+from ..protocol.hybrid import Connect, ok_line, port_name
+from ..socket import socket
+from .faults import Fault, Faults, Strike
+from .limits import (
+    PLAYED_BACKLOG_MAX,
+    PLAYED_BUFFER_BYTES,
+    PLAYED_CLONES_MAX,
+    PLAYED_CONNECT_SECONDS,
+    PLAYED_LOG_LINES_MAX,
+)
+from .personalities import FIRST_HOST_PORT, NITRO_PARENT_CID, Effect, Personality, Transport
+
+Socket = stdlib.socket
+
+
+class PlayedError(Exception):
+    """An operation that the VMM or the machine's state does not allow."""
+
+
+@dataclass
+class Snapshot:
+    """The state of a machine's device at the time of a snapshot."""
+
+    number: int
+    port: int  #: the last port of a host end
+
+
+class Connection:
+    """A connection through a machine's device, with an end in the guest and one on the host."""
+
+    def __init__(self, device: Device, guest: Socket, host: Socket, strike: Strike) -> None:
+        self._device = device
+        self._guest: Socket | None = guest
+        self._host: Socket | None = host
+        self._strike = strike
+        self._guest_bytes = 0
+        self._tasks: list[asyncio.Task[None]] = []
+        device.connections.add(self)
+
+    def start(self) -> None:
+        """Start both directions."""
+        guest, host = self._guest, self._host
+        assert guest is not None
+        assert host is not None
+        if self._strike.name == "half-open":
+            self._close_guest()
+            self._spawn(self._end_at_first_byte_of_host(host))
+            return
+        self._spawn(self._pump(host, guest, False))
+        self._spawn(self._pump(guest, host, True))
+
+    def end(self) -> None:
+        """Close both ends."""
+        self._close_guest()
+        self._close_host()
+
+    def cut_guest(self, effect: Effect) -> None:
+        """Close the host's end; close the guest's end, or keep it open until its first byte."""
+        self._stop()
+        self._close_host()
+        guest = self._guest
+        if effect is Effect.SILENT and guest is not None:
+            self._spawn(self._end_at_first_byte_of_guest(guest))
+        else:
+            self._close_guest()
+
+    def reset_guest(self, effect: Effect) -> None:
+        """Reset the guest's end; the host's end stays open until the host's first byte."""
+        self._stop()
+        guest, host = self._guest, self._host
+        if guest is not None:
+            if effect is Effect.SILENT:
+                self._spawn(self._end_at_first_byte_of_guest(guest))
+            else:
+                self._close_guest()
+        if host is not None:
+            self._spawn(self._end_at_first_byte_of_host(host))
+
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
+        self._tasks.append(asyncio.get_running_loop().create_task(work))
+
+    def _stop(self) -> None:
+        current = asyncio.current_task()
+        for task in self._tasks:
+            if task is not current:
+                task.cancel()
+        self._tasks = [task for task in self._tasks if task is current]
+
+    def _close_guest(self) -> None:
+        if self._guest is not None:
+            _close(self._guest)
+            self._guest = None
+            self._forget()
+
+    def _close_host(self) -> None:
+        if self._host is not None:
+            _close(self._host)
+            self._host = None
+            self._forget()
+
+    def _forget(self) -> None:
+        if self._guest is None and self._host is None:
+            self._stop()
+            self._device.connections.discard(self)
+
+    async def _pump(self, source: Socket, sink: Socket, from_guest: bool) -> None:
+        loop = asyncio.get_running_loop()
+        machine = self._device
+        try:
+            while True:
+                data = await loop.sock_recv(source, PLAYED_BUFFER_BYTES)
+                await machine.running.wait()  # a paused guest's data stay in the device
+                if not data:
+                    await self._on_end(source, sink, from_guest)
+                    return
+                await self._move(data, sink, from_guest)
+        except OSError:
+            self.end()
+
+    async def _move(self, data: bytes, sink: Socket, from_guest: bool) -> None:
+        loop, strike = asyncio.get_running_loop(), self._strike
+        if strike.name == "slow":
+            for byte in data:
+                await loop.sock_sendall(sink, bytes((byte,)))
+                await asyncio.sleep(strike.seconds)
+            return
+        if from_guest:
+            if strike.name in ("ok-without-data", "lost-writes"):
+                return
+            if strike.name in ("early-eof", "stall"):
+                data = data[: strike.after - self._guest_bytes]
+                self._guest_bytes += len(data)
+        await loop.sock_sendall(sink, data)
+        if from_guest and strike.after and self._guest_bytes >= strike.after:
+            if strike.name == "early-eof":
+                self.end()
+            await asyncio.get_running_loop().create_future()  # neither direction continues
+        elif strike.name == "stall" and self._guest_bytes >= strike.after:
+            await asyncio.get_running_loop().create_future()
+
+    async def _on_end(self, source: Socket, sink: Socket, from_guest: bool) -> None:
+        half_close = self._device.personality.half_close
+        if not from_guest and not half_close:
+            self.end()
+            return
+        if half_close:
+            with contextlib.suppress(OSError):
+                sink.shutdown(stdlib.SHUT_WR)
+        await self._device.hung_up(source)
+        self.end()
+
+    async def _end_at_first_byte_of_guest(self, guest: Socket) -> None:
+        """Reset the guest's end as soon as it has sent a byte, which stays unread: ECONNRESET."""
+        await _readable(guest)
+        self._close_guest()
+
+    async def _end_at_first_byte_of_host(self, host: Socket) -> None:
+        """Close the host's end as soon as it has sent a byte or has closed."""
+        with contextlib.suppress(OSError):
+            await asyncio.get_running_loop().sock_recv(host, PLAYED_BUFFER_BYTES)
+        self._close_host()
+
+
+class Device:
+    """The hybrid vsock device of one machine."""
+
+    def __init__(
+        self, personality: Personality, control: Control, cid: int, path: Path, faults: Faults
+    ) -> None:
+        self.personality = personality
+        self.connections: set[Connection] = set()
+        self.running = asyncio.Event()
+        self.running.set()
+        self.port = FIRST_HOST_PORT - 1  #: the last port of a host end
+        self.cid = cid
+        self.path = path
+        self._faults = faults
+        self._host = Attachment(control.folder / str(VMADDR_CID_HOST))
+        self._listener: Socket | None = None
+        self._made = False  # the unix socket's file is the machine's own
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._loop = DeviceLoop()
+        asyncio.get_running_loop().add_reader(self._loop.fileno(), self._loop.turn)
+        self._fabric = DeviceClient(
+            self._loop, control.attach_played_host(cid), VMADDR_CID_HOST, datagrams=False
+        )
+        self._fabric.on_connect = self._on_guest_connect
+
+    def open(self) -> None:
+        """Create the unix socket and accept connections."""
+        listener = stdlib.socket(stdlib.AF_UNIX)
+        try:
+            listener.bind(os.fspath(self.path))
+            listener.listen(PLAYED_BACKLOG_MAX)
+        except OSError as error:
+            listener.close()
+            raise OSError(error.errno, f"{self.path}: {error.strerror}") from None
+        listener.setblocking(False)
+        self._listener, self._made = listener, True
+        self._spawn(self._accept(listener))
+
+    @property
+    def is_open(self) -> bool:
+        """Flag: true while the VMM's process exists."""
+        return self._listener is not None
+
+    def stop(self) -> None:
+        """End what the VMM's process does; connections are left to the caller."""
+        for task in list(self._tasks):
+            task.cancel()
+        if self._listener is not None:
+            asyncio.get_running_loop().remove_reader(self._listener.fileno())
+            self._listener.close()
+            self._listener = None
+
+    def remove_file(self) -> None:
+        """Remove the unix socket's file, which outlives the VMM's process."""
+        if self._made:
+            self.path.unlink(missing_ok=True)
+            self._made = False
+
+    def close(self) -> None:
+        """End the device, and remove its unix socket."""
+        self.stop()
+        self.remove_file()
+        for connection in list(self.connections):
+            connection.end()
+        self._fabric.close()
+        asyncio.get_running_loop().remove_reader(self._loop.fileno())
+        self._loop.close()
+
+    async def hung_up(self, sock: Socket) -> None:
+        """Wait until the other end of ``sock`` has closed, or shut down, both directions."""
+        done = asyncio.get_running_loop().create_future()
+        fd = sock.fileno()
+
+        def report(events: int) -> None:
+            self._loop.unwatch(fd)
+            if not done.done():
+                done.set_result(None)
+
+        self._loop.watch_for(fd, report, 0)
+        try:
+            await done
+        finally:
+            self._loop.unwatch(fd)
+
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.get_running_loop().create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    # Connections from the host
+
+    async def _accept(self, listener: Socket) -> None:
+        while True:
+            sock, _ = await asyncio.get_running_loop().sock_accept(listener)
+            if len(self.connections) >= self.personality.connections:
+                sock.close()
+            else:
+                self._spawn(self._serve(sock))
+
+    async def _serve(self, sock: Socket) -> None:
+        kept = False
+        try:
+            port = await self._read_line(sock)
+            if port is not None:
+                kept = await self._connect(sock, port)
+        except OSError:
+            pass
+        finally:
+            if not kept:
+                _close(sock)
+
+    async def _read_line(self, sock: Socket) -> int | None:
+        """Return the port of the CONNECT line, or None if the VMM does not accept the line."""
+        line, loop = Connect(), asyncio.get_running_loop()
+        await _readable(sock)
+        while line.port is None:
+            try:
+                size = line.take(sock.recv(1, stdlib.MSG_PEEK))
+            except BlockingIOError:
+                if not self.personality.joins_lines:
+                    return None
+                await _readable(sock)
+                continue
+            await loop.sock_recv(sock, size)
+        return line.port
+
+    async def _connect(self, sock: Socket, port: int) -> bool:
+        """Connect ``sock`` to the guest's ``port``; return whether a connection owns it now."""
+        loop = asyncio.get_running_loop()
+        strike = self._faults.next(f"CONNECT {port} of machine {self.cid}")
+        await self.running.wait()
+        if strike.name == "no-ok":
+            await self.hung_up(sock)
+            return False
+        if strike.name == "late-ok":
+            await asyncio.sleep(strike.seconds)
+        if strike.name == "garbage":
+            await loop.sock_sendall(sock, strike.garbage + b"\n")
+            return False
+        if strike.name != "reused-port" or self.port < FIRST_HOST_PORT:
+            self.port = self.port + 1 if self.port + 1 < 1 << 31 else FIRST_HOST_PORT
+        number = self.port
+        if strike.name == "stale-ok":
+            await loop.sock_sendall(sock, ok_line(number))
+            return False
+        guest = socket(context=self._host)
+        try:
+            guest.setblocking(False)
+            # The guest sees the port that the OK line has.
+            guest.bind((VMADDR_CID_ANY, number))
+            async with asyncio.timeout(PLAYED_CONNECT_SECONDS):
+                await loop.sock_connect(guest, (self.cid, port))
+            await loop.sock_sendall(sock, ok_line(number))
+        except (OSError, asyncio.CancelledError):
+            guest.close()
+            raise
+        Connection(self, guest, sock, strike).start()
+        return True
+
+    # Connections from the guest
+
+    def _on_guest_connect(self, request: ConnectRequest) -> None:
+        if not self.is_open or len(self.connections) >= self.personality.connections:
+            self._refuse(request)
+        else:
+            self._spawn(self._connect_to_host(request))
+
+    def _refuse(self, request: ConnectRequest) -> None:
+        self._fabric.settle(request, error=errno.ECONNRESET)
+        request.sock.close()
+
+    async def _connect_to_host(self, request: ConnectRequest) -> None:
+        try:
+            await self.running.wait()
+        except asyncio.CancelledError:
+            self._refuse(request)
+            raise
+        strike = self._faults.next(f"connect of machine {self.cid} to port {request.port}")
+        sock = stdlib.socket(stdlib.AF_UNIX)
+        sock.setblocking(False)
+        try:
+            sock.connect(port_name(os.fspath(self.path), request.port))
+        except OSError:
+            sock.close()
+            self._refuse(request)
+            return
+        self._fabric.settle(request, request.sizes.size)
+        Connection(self, request.sock, sock, strike).start()
+
+
+class Machine:
+    """A played machine: its guest, its device, and its life."""
+
+    def __init__(
+        self,
+        *,
+        personality: Personality,
+        control: Control,
+        cid: int,
+        path: Path | None,
+        log: Callable[[str], None],
+    ) -> None:
+        """Play a machine for the guest ``cid``, at the unix socket ``path`` if it is hybrid."""
+        self.personality = personality
+        self.cid = cid
+        self.state = "running"
+        self._control = control
+        self._write = log
+        self.faults = Faults(self._log)
+        self._snapshots: dict[int, Snapshot] = {}
+        self.device: Device | None = None
+        if personality.transport is Transport.HYBRID:
+            assert path is not None
+            self.device = Device(personality, control, cid, path, self.faults)
+            try:
+                self.device.open()
+            except OSError:
+                self.device.close()
+                raise
+
+    def _log(self, line: str) -> None:
+        self._write(f"machine {self.cid} ({self.personality.name}): {line}")
+
+    def describe(self) -> dict[str, Any]:
+        """Return the machine's state for the API."""
+        personality, device = self.personality, self.device
+        path = None if device is None else os.fspath(device.path)
+        agent = None
+        if path is not None and personality.agent_port:
+            agent = f"{personality.scheme}://{path}:{personality.agent_port}"
+        return {
+            "cid": self.cid,
+            "hypervisor": personality.name,
+            "version": personality.version,
+            "state": self.state,
+            "socket": path,
+            "agent": agent,
+            "host_cid": personality.host_cid,
+            "connections": 0 if device is None else len(device.connections),
+            "snapshots": list(self._snapshots),
+            "operations": sorted(personality.operations),
+            "faults": [
+                {"name": one.name, "seed": one.seed, "times": one.times}
+                for one in self.faults.armed
+            ],
+        }
+
+    def require(self, operation: str, *states: str) -> None:
+        """Raise PlayedError unless the VMM has ``operation`` and the machine is in a state."""
+        name = self.personality.name
+        if operation not in self.personality.operations:
+            raise PlayedError(f"{name} has no {operation} that vSockets would notice")
+        if states and self.state not in states:
+            expected = " or ".join(states)
+            raise PlayedError(
+                f"cannot {operation} machine {self.cid}: it is {self.state} (expected {expected})"
+            )
+
+    def arm(self, fault: Fault) -> None:
+        """Have ``fault`` strike the next connections.
+
+        Raises PlayedError if no device is in the middle of the connections.
+        """
+        if self.device is None:
+            raise PlayedError(f"{self.personality.name}: faults need a machine with hybrid vsock")
+        self.faults.armed.append(fault)
+
+    # Life
+
+    def pause(self) -> None:
+        """Stop the machine's processors: data and connects wait in the device."""
+        self.require("pause", "running")
+        assert self.device is not None
+        self.device.running.clear()
+        self._set("paused")
+
+    def resume(self) -> None:
+        """Continue after a pause."""
+        self.require("resume", "paused")
+        assert self.device is not None
+        self._set("running")
+        self.device.running.set()
+
+    def snapshot(self) -> int:
+        """Save the machine; return the snapshot's number.
+
+        Where the VMM resets the guest's transport with a snapshot, the source notices, too.
+        """
+        self.require("snapshot", "running", "paused")
+        number = len(self._snapshots) + 1
+        device = self.device
+        self._snapshots[number] = Snapshot(number, 0 if device is None else device.port)
+        effect = self.personality.snapshot
+        if device is not None and effect is not Effect.KEPT:
+            for connection in list(device.connections):
+                connection.reset_guest(effect)
+        self._log(f"snapshot {number}: connections of the source: {effect.value}")
+        return number
+
+    def restore(self, number: int | None = None) -> None:
+        """Replace the VMM's process by one that loads a snapshot, by default the last one.
+
+        The guest's memory is not rolled back: its programs go on, with their listeners; only their
+        connections are hit.
+        """
+        self.require("restore")
+        if not self._snapshots:
+            raise PlayedError(f"machine {self.cid} has no snapshot (expected one before restore)")
+        number = max(self._snapshots) if number is None else number
+        if number not in self._snapshots:
+            raise PlayedError(f"machine {self.cid} has no snapshot {number}")
+        self._restart(self._snapshots[number])
+        effect = self.personality.restore
+        self._log(f"restored from snapshot {number}: the guest's connections: {effect.value}")
+
+    def _restart(self, snapshot: Snapshot) -> None:
+        device, effect = self.device, self.personality.restore
+        if device is None:
+            if self.state == "killed":
+                self._control.resume(self.cid)
+            self._control.migrate(self.cid)
+        else:
+            device.stop()
+            for connection in list(device.connections):
+                connection.cut_guest(effect)
+            device.remove_file()
+            remembers = self.personality.remembers_ports
+            device.port = snapshot.port if remembers else FIRST_HOST_PORT - 1
+            device.running.set()
+            device.open()
+        self._set("running")
+
+    def kill(self) -> None:
+        """End the VMM's process: the host's ends close, and the unix socket's file stays."""
+        self.require("kill", "running", "paused")
+        device = self.device
+        if device is None:
+            self._control.suspend(self.cid)
+        else:
+            device.stop()
+            for connection in list(device.connections):
+                connection.cut_guest(Effect.SILENT)
+        self._set("killed")
+
+    def reboot(self) -> None:
+        """Start the guest again: its programs lose every socket, listeners included."""
+        self.require("reboot")
+        device = self.device
+        if device is not None:
+            device.stop()
+            for connection in list(device.connections):
+                connection.end()
+            device.remove_file()
+            device.port = FIRST_HOST_PORT - 1
+        self._control.power_off(self.cid)
+        self._control.power_on(self.cid)
+        if device is not None:
+            device.running.set()
+            device.open()
+        self._set("running")
+
+    def close(self) -> None:
+        """End the machine."""
+        if self.device is not None:
+            self.device.close()
+
+    def _set(self, state: str) -> None:
+        self.state = state
+        self._log(state)
+
+
+class Hypervisor:
+    """All played machines of one fabric."""
+
+    def __init__(self, folder: Path) -> None:
+        """Play machines in the fabric whose state folder is ``folder``."""
+        self._control = Control(folder)
+        self._folder = folder
+        self.machines: dict[int, Machine] = {}
+        self.log: list[str] = []  #: what has happened, oldest first
+
+    def _note(self, line: str) -> None:
+        self.log.append(line)
+        del self.log[:-PLAYED_LOG_LINES_MAX]
+
+    def find(self, cid: int) -> Machine:
+        """Return the machine with the CID ``cid``.
+
+        Raises PlayedError if it does not exist.
+        """
+        machine = self.machines.get(cid)
+        if machine is None:
+            raise PlayedError(f"no played machine has CID {cid}")
+        return machine
+
+    def add(
+        self, personality: Personality, cid: int | None = None, path: Path | None = None
+    ) -> Machine:
+        """Add a guest and play a machine for it, by default with an unused CID and path.
+
+        Raises OSError if the guest or the unix socket cannot be created, PlayedError if a value is
+        of no use for the VMM.
+        """
+        hybrid = personality.transport is Transport.HYBRID
+        if path is not None and not hybrid:
+            raise PlayedError(f"{personality.name} has no unix socket (expected no path)")
+        cid = self._add_guest(personality, cid)
+        try:
+            if hybrid and path is None:
+                path = self._folder.parent / f"machine-{cid}" / "v.sock"
+                path.parent.mkdir(mode=0o700, exist_ok=True)
+            machine = self._machine(personality, cid, path)
+        except BaseException:
+            self._control.remove_context(cid)
+            raise
+        self.machines[cid] = machine
+        return machine
+
+    def _add_guest(self, personality: Personality, cid: int | None) -> int:
+        used = {row["cid"] for row in self._control.contexts()}
+        if personality.host_cid == NITRO_PARENT_CID and NITRO_PARENT_CID not in used:
+            self._control.add_context(NITRO_PARENT_CID, "parent", reserved_ports=True)
+        parent = personality.host_cid if personality.host_cid != VMADDR_CID_HOST else None
+        if cid is None:
+            cid = next(one for one in range(personality.guest_cid, 1 << 31) if one not in used)
+        elif parent is not None and cid <= parent:
+            raise PlayedError(f"CID {cid} is the parent's or reserved (expected 4 or more)")
+        name = f"{personality.name}-{cid}"
+        self._control.add_context(cid, name, reserved_ports=True, parent=parent)
+        return cid
+
+    def clone(self, cid: int, count: int) -> list[Machine]:
+        """Return ``count`` new machines from the snapshot of a machine, each with its own path.
+
+        Their guests have no program yet: memory is not copied.
+        """
+        source = self.find(cid)
+        source.require("clone")
+        if not 1 <= count <= PLAYED_CLONES_MAX:
+            raise PlayedError(f"invalid number of clones: {count} (expected 1 to 100)")
+        if not source.describe()["snapshots"]:
+            raise PlayedError(f"machine {cid} has no snapshot (expected one before clone)")
+        return [self.add(source.personality) for _ in range(count)]
+
+    def change_cid(self, cid: int, new: int) -> Machine:
+        """Boot a machine again with the CID ``new``; its guest's programs have to be started again.
+
+        Raises OSError if the CID is in use.
+        """
+        machine = self.find(cid)
+        machine.require("change-cid")
+        path = None if machine.device is None else machine.device.path
+        changed = self._add_guest(machine.personality, new)
+        self.remove(cid)
+        self.machines[changed] = self._machine(machine.personality, changed, path)
+        return self.machines[changed]
+
+    def _machine(self, personality: Personality, cid: int, path: Path | None) -> Machine:
+        arguments = {"control": self._control, "cid": cid, "path": path, "log": self._note}
+        return Machine(personality=personality, **arguments)  # type: ignore[arg-type]
+
+    def remove(self, cid: int) -> None:
+        """End a machine and remove its guest."""
+        machine = self.find(cid)
+        machine.close()
+        del self.machines[cid]
+        with contextlib.suppress(OSError):  # off already
+            self._control.power_off(cid)
+        self._control.remove_context(cid)
+
+    def close(self) -> None:
+        """End all machines; their guests stay until the fabric ends."""
+        for machine in self.machines.values():
+            machine.close()
+        self._control.close()
+
+
+def _close(sock: Socket) -> None:
+    loop = asyncio.get_running_loop()
+    loop.remove_reader(sock.fileno())
+    loop.remove_writer(sock.fileno())
+    sock.close()
+
+
+async def _readable(sock: Socket) -> None:
+    """Wait until ``sock`` has a byte or its end of stream; the byte stays."""
+    loop = asyncio.get_running_loop()
+    done = loop.create_future()
+    fd = sock.fileno()
+
+    def report() -> None:
+        if not done.done():
+            done.set_result(None)
+
+    loop.add_reader(fd, report)
+    try:
+        await done
+    finally:
+        loop.remove_reader(fd)
