@@ -11,8 +11,8 @@ import contextlib
 import errno
 import gc
 import logging
+import marshal
 import os
-import pickle
 import resource
 import socket
 from collections import Counter, deque
@@ -240,13 +240,13 @@ class BrokerWorld(World):
         before = self._describe()
         old = self.broker
         writer = Writer(self.fabric)
-        state = pickle.dumps(succession.save_broker(writer, old))
+        state = marshal.dumps(succession.save_broker(writer, old))
         descriptors = [os.dup(fd) for fd in writer.descriptors]
         self.loop.forget()
         self.fabric = Fabric(OWNER)
         self.broker = Broker(cast(Any, self.loop), self.fabric, cast(Any, SimulatedAudit()))
         reader = Reader(self.fabric, descriptors)
-        succession.restore_broker(reader, pickle.loads(state), cast(Any, self.loop), self.broker)
+        succession.restore_broker(reader, marshal.loads(state), cast(Any, self.loop), self.broker)
         self.broker.streams.resume()
         self.broker.streams.open()
         close_broker(old)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import pickle
+import marshal
 
 from vsockets.daemon.handover import (
     Reader,
@@ -36,7 +36,7 @@ def hand_over(old: Fabric, channels: list[SimulatedChannel]) -> Fabric:
         for party in context.parties()
     ]
     saved = {**save_fabric(old), "endpoints": endpoints, "connections": connections}
-    saved = pickle.loads(pickle.dumps(saved))
+    saved = marshal.loads(marshal.dumps(saved))
     new = Fabric(old.contexts.host.owner)
     restore_fabric(new, saved)
     reader = Reader(new, [])

@@ -6,7 +6,6 @@ import argparse
 import gc
 import logging
 import os
-import pickle
 import sys
 from functools import partial
 from pathlib import Path
@@ -91,7 +90,7 @@ def main() -> int:
     except OtherwiseStarted as error:
         print(f"vsockd: {error}", file=sys.stderr)
         return os.EX_UNAVAILABLE
-    except (OSError, pickle.UnpicklingError, Refused) as error:
+    except (OSError, Refused) as error:
         problem = describe(error) if isinstance(error, OSError) else error
         print(f"vsockd: cannot start in {arguments.dir}: {problem}", file=sys.stderr)
         return 1
