@@ -8,6 +8,7 @@ from collections import Counter
 from time import monotonic
 
 from .broker_world import BrokerWorld
+from .datagram_world import DatagramWorld
 from .engine import Failure, World, simulate
 from .fabric_world import FabricWorld
 from .virtio_device_world import VirtioDeviceWorld
@@ -21,6 +22,7 @@ WORLDS: tuple[type[World], ...] = (
     VirtioDeviceWorld,
     VmciWorld,
     BrokerWorld,
+    DatagramWorld,
 )
 
 

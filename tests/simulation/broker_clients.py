@@ -9,9 +9,9 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from vsockets.daemon.broker import Broker
-from vsockets.daemon.channel import Channel
+from vsockets.daemon.channel import PEEK, READ, Channel
 from vsockets.fabric import Context, Denied, EndpointKind, Grant
-from vsockets.protocol import client
+from vsockets.protocol import REQUEST_SIZE, client
 
 FILLED_MAX = 1024  #: some programs begin with a descriptor of a far higher number
 
@@ -31,6 +31,13 @@ class ProgramChannel(Channel):
     """A channel whose client's rights are simulated."""
 
     processes: ClassVar[dict[int, Process]] = {}
+
+    def read(self) -> bytes:
+        """Return the next request, without its writer's credentials, which are this process's."""
+        try:
+            return self.sock.recv(REQUEST_SIZE, READ if self.kind is EndpointKind.STREAM else PEEK)
+        except ConnectionError:
+            return b""
 
     def has_capability(self, capability: int) -> bool:
         process = self.processes.get(self.credentials.pid)
@@ -103,6 +110,16 @@ def fill_descriptors() -> list[int]:
 
 def close_broker(broker: Broker) -> None:
     """Close the descriptors of a broker whose process has ended."""
+    datagrams = broker.datagrams
+    for share in datagrams._shares.values():
+        for route in [*share.quota.routes, *share.quota.draining]:
+            route.sock.close()
+    for endpoint in datagrams._by_cookie.values():
+        os.close(endpoint.handle.node)
+        del endpoint.context.datagrams[endpoint.port]
+    datagrams._shares.clear()
+    datagrams._inbound.clear()
+    datagrams._by_cookie.clear()
     for context in broker.fabric.contexts:
         broker.close_context(context)
     liveness = broker.streams._liveness

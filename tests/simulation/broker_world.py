@@ -605,7 +605,7 @@ class BrokerWorld(World):
                 pending[id(one.channel.party)] += 1
         held: Counter[int] = Counter()
         for context in self.fabric.contexts:
-            for holder in context.connected.values():
+            for holder in [*context.connected.values(), *context.datagrams.values()]:
                 held[id(holder.party)] += 1
             for party in context.parties():
                 found = party.sockets, party.pending, party.channels

@@ -12,7 +12,9 @@ import pytest
 from vsockets.daemon import handover
 from vsockets.daemon.broker import Broker
 from vsockets.daemon.channel import Channel
+from vsockets.daemon.datagrams import DatagramSocket, Route
 from vsockets.daemon.device_link import HandoffLink
+from vsockets.daemon.named_sockets import NamedSocket
 from vsockets.devices.limits import VIRTIO_MERGED_PACKET_MAX_BYTES
 from vsockets.devices.virtio.connection import VirtioConnection
 from vsockets.devices.virtio.credit import ReceiveCredit, SendCredit
@@ -26,6 +28,7 @@ from vsockets.fabric.model import Ports
 from . import fabric_handover
 from .__main__ import WORLDS, main
 from .broker_world import BrokerWorld
+from .datagram_world import DatagramWorld
 from .engine import Failure, World, generate, run, shorten, simulate
 from .fabric_world import FabricWorld
 from .virtio_device_world import VirtioDeviceWorld
@@ -288,6 +291,24 @@ def closed_link_is_handed_over_once(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(handover.Reader, "link", lambda self, at: self if at < 0 else self.links[at])
 
 
+def route_is_revoked_twice(patch: pytest.MonkeyPatch) -> None:
+    """Mended in 5112dc9 and 832f451: vsockd got EBADF when it revoked a route again."""
+
+    def faulty(self: Route) -> None:
+        self.inbound.pop(self, None)
+        self.sender.routes.pop(self.destination, None)
+        self.sender.quota.revoke(self)
+
+    patch.setattr(Route, "revoke", faulty)
+
+
+def closed_socket_keeps_its_routes(patch: pytest.MonkeyPatch) -> None:
+    """A process that has kept a route sends with the source of the port's next holder."""
+    patch.setattr(DatagramSocket, "close", NamedSocket.close)
+
+
+DATAGRAM_FAULTS: list[Plant] = [route_is_revoked_twice, closed_socket_keeps_its_routes]
+
 BROKER_FAULTS: list[Plant] = [
     refused_socket_is_dropped,
     link_does_not_wait_for_reports,
@@ -335,6 +356,7 @@ PLANTS: list[tuple[type[World], Plant]] = [
     *((VirtioDeviceWorld, plant) for plant in VIRTIO_DEVICE_FAULTS),
     *((VmciWorld, plant) for plant in VMCI_FAULTS),
     *((BrokerWorld, plant) for plant in BROKER_FAULTS),
+    *((DatagramWorld, plant) for plant in DATAGRAM_FAULTS),
 ]
 
 #: the seed to begin with, for faults that few seeds find
@@ -354,6 +376,7 @@ FIRST_SEEDS: dict[Plant, int] = {
     refused_socket_is_dropped: 76,
     report_for_an_earlier_connect: 10,
     reset_overtakes_the_last_bytes: 15,
+    route_is_revoked_twice: 346,
     trust_of_the_moment: 50,
     withheld_byte_is_not_published: 18,
 }
