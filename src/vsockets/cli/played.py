@@ -202,6 +202,8 @@ class Api:
             if not isinstance(values, dict):
                 raise ValueError("invalid body (expected a JSON object)")
             found = self._call(request.method, request.path.strip("/").split("/"), values)
+        except KeyError as error:
+            return text(400, f"missing value: {error}")
         except LookupError as error:
             return text(404, str(error.args[0]))
         except PlayedError as error:

@@ -157,12 +157,11 @@ class Connection:
                 data = data[: strike.after - self._guest_bytes]
                 self._guest_bytes += len(data)
         await loop.sock_sendall(sink, data)
-        if from_guest and strike.after and self._guest_bytes >= strike.after:
+        if strike.after and self._guest_bytes >= strike.after:
             if strike.name == "early-eof":
-                self.end()
-            await asyncio.get_running_loop().create_future()  # neither direction continues
-        elif strike.name == "stall" and self._guest_bytes >= strike.after:
-            await asyncio.get_running_loop().create_future()
+                raise OSError(errno.ECONNRESET, "early end of stream")
+            if strike.name == "stall":
+                await self._device.never.wait()
 
     async def _on_end(self, source: Socket, sink: Socket, from_guest: bool) -> None:
         half_close = self._device.personality.half_close
@@ -197,6 +196,7 @@ class Device:
         self.connections: set[Connection] = set()
         self.running = asyncio.Event()
         self.running.set()
+        self.never = asyncio.Event()  #: never set: what waits for it has stalled
         self.port = FIRST_HOST_PORT - 1  #: the last port of a host end
         self.cid = cid
         self.path = path
@@ -258,7 +258,8 @@ class Device:
     async def hung_up(self, sock: Socket) -> None:
         """Wait until the other end of ``sock`` has closed, or shut down, both directions."""
         done = asyncio.get_running_loop().create_future()
-        fd = sock.fileno()
+        # A descriptor of its own: when ``sock`` is closed meanwhile, its number may be used again.
+        fd = os.dup(sock.fileno())
 
         def report(events: int) -> None:
             self._loop.unwatch(fd)
@@ -270,6 +271,7 @@ class Device:
             await done
         finally:
             self._loop.unwatch(fd)
+            os.close(fd)
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.get_running_loop().create_task(work)
@@ -672,17 +674,18 @@ def _close(sock: Socket) -> None:
 
 
 async def _readable(sock: Socket) -> None:
-    """Wait until ``sock`` has a byte or its end of stream; the byte stays."""
+    """Wait until ``sock`` has a byte or its end of stream; the byte stays.
+
+    If the wait is cancelled, the caller closes ``sock`` by :func:`_close`.
+    """
     loop = asyncio.get_running_loop()
     done = loop.create_future()
     fd = sock.fileno()
 
     def report() -> None:
+        loop.remove_reader(fd)
         if not done.done():
             done.set_result(None)
 
     loop.add_reader(fd, report)
-    try:
-        await done
-    finally:
-        loop.remove_reader(fd)
+    await done

@@ -149,7 +149,8 @@ class PrivateFabric:
         Raises PlayedFailed if the hypervisor is unknown or the machine cannot be created.
         """
         if self._player is None:
-            self._player = played.start(self, _vsock(), self.played_api)
+            errors = self._scratch / "player"
+            self._player = played.start(self, _vsock(), self.played_api, errors)
         path = None if socket is None else os.path.abspath(socket)
         values = {"hypervisor": hypervisor, "cid": cid, "socket": path}
         row = played.request(self.played_api, "POST", "/machines", **values)
@@ -287,6 +288,9 @@ class PrivateFabric:
         errors = [line for line in self.log.splitlines() if line.startswith("vsockd: ERROR")]
         if errors and not self._errors_expected:
             raise FabricFailed(f"vsockd logged {len(errors)} errors:\n{self.log}")
+        player = self._scratch / "player"
+        if player.exists() and (messages := player.read_text(errors="replace")):
+            raise FabricFailed(f"the process that plays machines has failed:\n{messages}")
 
     def _end_programs(self) -> None:
         self.end_played()

@@ -8,6 +8,7 @@ import os
 import socket as stdlib
 import subprocess
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..attachment import Attachment
@@ -206,24 +207,29 @@ class PlayedMachine:
         return request(self._api, method, f"/machines/{self.cid}{operation}", **values)
 
 
-def start(fabric: PrivateFabric, command: Sequence[StrPath], api: str) -> subprocess.Popen[Any]:
+def start(
+    fabric: PrivateFabric, command: Sequence[StrPath], api: str, errors: Path
+) -> subprocess.Popen[Any]:
     """Start the process that plays machines, and return when its API answers.
+
+    Its standard error is the file ``errors``.
 
     Raises PlayedFailed with the process's message if it ends at once.
     """
     environment = fabric.environment(fabric.host)
-    process = subprocess.Popen(
-        [*command, "played", "serve", "--socket", os.fspath(api)],
-        env=environment,
-        stdin=subprocess.PIPE,  # its end is the end of the process that plays
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        process_group=0,
-    )
+    with open(errors, "wb") as log:
+        process = subprocess.Popen(
+            [*command, "played", "serve", "--socket", os.fspath(api)],
+            env=environment,
+            stdin=subprocess.PIPE,  # its end is the end of the process that plays
+            stdout=subprocess.PIPE,
+            stderr=log,
+            process_group=0,
+        )
     assert process.stdout is not None
     if not process.stdout.readline():
-        _, message = process.communicate()
-        raise PlayedFailed(message.decode(errors="replace").strip() or "no message")
+        process.communicate()
+        raise PlayedFailed(errors.read_text(errors="replace").strip() or "no message")
     return process
 
 
