@@ -12,13 +12,19 @@ from collections import deque
 from random import Random
 from typing import Any, ClassVar, cast
 
+from support.packed_driver import PackedDriverRing
 from support.virtio_driver import GUEST_BASE, DriverRing, Memory
 from vsockets.devices.vhost_user import Vring
 from vsockets.devices.virtio import device, rx, tx
 from vsockets.devices.virtio.connection import ConnectionState
 from vsockets.devices.virtio.device import VirtioVsock
 from vsockets.devices.virtio.packet import HEADER, HEADER_SIZE, Header, Op, Shutdown, Type
-from vsockets.devices.virtio.ring import F_RING_EVENT_IDX, F_RING_INDIRECT_DESC, F_VERSION_1
+from vsockets.devices.virtio.ring import (
+    F_RING_EVENT_IDX,
+    F_RING_INDIRECT_DESC,
+    F_RING_PACKED,
+    F_VERSION_1,
+)
 
 from .engine import World, pick
 from .simulated_sockets import SimulatedLoop, SimulatedSocket, SimulatedSockets, pattern
@@ -99,7 +105,9 @@ class VirtioDeviceWorld(World):
         self.sockets = SimulatedSockets()
         self.loop = SimulatedLoop(self.sockets)
         self.memory = Memory(1 << 20)
-        self.rings = [DriverRing(self.memory, ENTRIES, True, True) for _ in range(3)]
+        self.is_packed = random.random() < 0.3
+        kind = PackedDriverRing if self.is_packed else DriverRing
+        self.rings = [kind(self.memory, ENTRIES, True, True) for _ in range(3)]
         self.receive, self.transmit, self.events = self.rings
         #: QEMU does not pass the event queue to the device
         self.passed = random.choice([2, 3])
@@ -113,7 +121,7 @@ class VirtioDeviceWorld(World):
         self.sent: dict[int, int] = {}  # places of packets in the transmit queue, by chain
         self.sent_spare: list[int] = []
         self.next_port = 1024
-        self.device = self._start([0, 0, 0])
+        self.device = self._start([ring.base for ring in self.rings])
         self._refill()
 
     def patches(self) -> list[tuple[Any, str, Any]]:
@@ -138,7 +146,7 @@ class VirtioDeviceWorld(World):
 
     def _start(self, bases: list[int]) -> VirtioVsock:
         self.device = VirtioVsock(cast(Any, self.loop), CID, self)
-        self.device.set_features(FEATURES)
+        self.device.set_features(FEATURES | (F_RING_PACKED if self.is_packed else 0))
         for address, size, _, offset in self.memory.regions:
             self.device.memory.map(address, size, True, self.memory.fd, offset)
         self.vrings = [Vring() for _ in self.rings[: self.passed]]
@@ -187,8 +195,10 @@ class VirtioDeviceWorld(World):
 
     def do_kill(self, chance: Random) -> None:
         """The device's process is killed, and started again by its service manager."""
+        if self.is_packed:
+            return  # the monitor does not find the device's position in a packed ring
         self._excuse()
-        bases = [device_index(ring) for ring in self.rings]
+        bases = [device_index(cast(DriverRing, ring)) for ring in self.rings]
         self.loop.forget()
         for vring in self.vrings:
             vring.close()
@@ -313,15 +323,21 @@ class VirtioDeviceWorld(World):
     # The guest's driver
 
     def _refill(self) -> None:
+        added = False
         while self.receive.has_room(2):
             place = self.spare.pop() if self.spare else self.memory.allocate(HEADER_SIZE + ROOM)
             parts = [(place, HEADER_SIZE), (place + HEADER_SIZE, ROOM)]
             self.places[self.receive.add(parts, writable=True)] = place
-        self.receive.publish()
+            added = True
+        if added:
+            self.receive.publish()
+        added = False
         while self.events.has_room(1):
             place = self.memory.allocate(8)
             self.event_places[self.events.add([(place, 8)], writable=True)] = place
-        self.events.publish()
+            added = True
+        if added:
+            self.events.publish()
 
     def do_interrupt(self, chance: Random) -> None:
         """The guest's driver handles the interrupts that it got."""
@@ -359,6 +375,7 @@ class VirtioDeviceWorld(World):
                 self._reset(stream)
 
     def _flush(self) -> None:
+        added = False
         while self.outbox and self.transmit.has_room(2):
             data = self.outbox.popleft()
             place = self.sent_spare.pop() if self.sent_spare else self.memory.allocate(4096)
@@ -367,7 +384,9 @@ class VirtioDeviceWorld(World):
             if len(data) > HEADER_SIZE:
                 parts.append((place + HEADER_SIZE, len(data) - HEADER_SIZE))
             self.sent[self.transmit.add(parts, writable=False)] = place
-        self.transmit.publish()
+            added = True
+        if added:
+            self.transmit.publish()
 
     def _send(self, stream: Stream, op: Op, payload: bytes = b"", flags: int = 0) -> None:
         stream.announced = stream.guest_read
