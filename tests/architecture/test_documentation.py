@@ -1,4 +1,4 @@
-"""docs/security.md says what is so: its tests exist, its rules, limits and fields are the real."""
+"""docs/security.md and docs/services.md say what is so: tests, rules, limits and fields exist."""
 
 from __future__ import annotations
 
@@ -24,7 +24,8 @@ SENTENCES = re.findall(
     CHAPTERS["The guide, sentence by sentence"],
     re.MULTILINE,
 )
-NAMED_TESTS = sorted(set(re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", SECURITY)))
+SERVICES = (ROOT / "docs" / "services.md").read_text()
+NAMED_TESTS = sorted(set(re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", SECURITY + SERVICES)))
 
 
 def rows(chapter: str) -> dict[str, str]:
@@ -45,6 +46,16 @@ def test_every_sentence_is_shown_or_has_nothing_to_do_with_us() -> None:
         named = re.findall(r"`tests/[^`]+::\w+`", tests)
         assert named or reading.startswith("not applicable: "), sentence
         assert tests.strip() == ", ".join(named), sentence
+
+
+def test_what_survives_a_failure_is_shown() -> None:
+    chapter = SERVICES.partition("## What survives which failure\n")[2].partition("\n## ")[0]
+    promises = re.findall(r"^\|(?! what |---)(.*)\|$", chapter, re.MULTILINE)
+    assert len(promises) > 15
+    for promise in promises:
+        *_, shown = promise.split("|")
+        named = re.findall(r"`tests/[^`]+::\w+`", shown)
+        assert named and shown.strip() == ", ".join(named), promise
 
 
 def test_every_rule_is_named() -> None:

@@ -141,26 +141,50 @@ def test_a_file_of_forwards_is_read_again(
     end(running)
 
 
+def with_passed_socket(vsock: Vsock, server: socket.socket, echo: int) -> subprocess.Popen[bytes]:
+    """Start a forward from ``server``, passed as systemd does."""
+    # As in sd_listen_fds(3): descriptor 3, and the process's own id.
+    script = (
+        "import os, sys; fd = int(sys.argv[1]); os.dup2(fd, 3) if fd != 3 else None; "
+        "os.set_inheritable(3, True); os.environ['LISTEN_PID'] = str(os.getpid()); "
+        "os.environ.update(LISTEN_FDS='1', LISTEN_FDNAMES='web'); "
+        "os.execv(sys.executable, [sys.executable, *sys.argv[2:]])"
+    )
+    return subprocess.Popen(
+        [sys.executable, "-c", script, str(server.fileno()), *PROGRAM[1:], "forward"]
+        + ["fd:web", f"vsock:host:{echo}"],
+        env=vsock.environment,
+        pass_fds=[server.fileno()],
+    )
+
+
 def test_systemd_passes_the_socket(vsock: Vsock, echo: int) -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
-        # As in sd_listen_fds(3): descriptor 3, and the process's own id.
-        script = (
-            "import os, sys; fd = int(sys.argv[1]); os.dup2(fd, 3) if fd != 3 else None; "
-            "os.set_inheritable(3, True); os.environ['LISTEN_PID'] = str(os.getpid()); "
-            "os.environ.update(LISTEN_FDS='1', LISTEN_FDNAMES='web'); "
-            "os.execv(sys.executable, [sys.executable, *sys.argv[2:]])"
-        )
-        process = subprocess.Popen(
-            [sys.executable, "-c", script, str(server.fileno()), *PROGRAM[1:], "forward"]
-            + ["fd:web", f"vsock:host:{echo}"],
-            env=vsock.environment,
-            pass_fds=[server.fileno()],
-        )
+        process = with_passed_socket(vsock, server, echo)
         try:
             assert ask(tcp(server.getsockname()[1])) == b"question"
         finally:
             process.terminate()
             assert process.wait(PATIENCE) == 0
+
+
+def test_clients_of_a_passed_socket_wait_after_a_crash(vsock: Vsock, echo: int) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+        process = with_passed_socket(vsock, server, echo)
+        with tcp(port) as standing:
+            standing.sendall(b"1")
+            assert standing.recv(1) == b"1"
+            process.kill()
+            process.wait(PATIENCE)
+            assert standing.recv(1) == b""
+        with tcp(port) as waiting:
+            process = with_passed_socket(vsock, server, echo)
+            try:
+                assert ask(waiting) == b"question"
+            finally:
+                process.terminate()
+                assert process.wait(PATIENCE) == 0
 
 
 def test_it_outlives_vsockd(tcp_echo: int) -> None:

@@ -202,28 +202,49 @@ def test_replies_to_datagrams_of_the_old_process(vsock: Vsock, fabric: PrivateFa
         end(running)
 
 
-def test_amqp_proxy_keeps_sessions(vsock: Vsock, tcp_echo: int, tmp_path: Path) -> None:
-    """A session of the old process goes on; the new one accepts."""
-    with socket.create_server(("127.0.0.1", 0)) as broker:
-        broker.settimeout(PATIENCE)
-        path = tmp_path / "proxy"
-        node = f"tcp:127.0.0.1:{broker.getsockname()[1]}"
-        running = vsock.start("amqp", "proxy", "--listen", f"unix:{path}", "--node", node)
-        running.error_line()
-        with socket.socket(socket.AF_UNIX) as old, socket.socket(socket.AF_UNIX) as new:
-            for sock in (old, new):
-                sock.settimeout(PATIENCE)
-                sock.connect(str(path))
-                sock.sendall(
-                    b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes((0, 0, 0, 4, 0, 0, 0, 0, 0))
-                )
-                assert sock.recv(9)[3] == 4  # SETTINGS
-                if sock is old:
-                    replace(running)
-            ping = bytes((0, 0, 8, 6, 0, 0, 0, 0, 0)) + b"12345678"
-            old.sendall(ping)
-            received = b""
-            while b"12345678" not in received:
-                received += old.recv(1000)
+def test_amqp_proxy_keeps_links(vsock: Vsock, tmp_path: Path) -> None:
+    """A host proxy's link to the old process stays; the new one accepts."""
+    path = tmp_path / "proxy"
+    running = vsock.start("amqp", "proxy", "--listen", f"unix:{path}", "--node", "unix:/none")
+    running.error_line()
+    with socket.socket(socket.AF_UNIX) as old, socket.socket(socket.AF_UNIX) as new:
+        for sock in (old, new):
+            sock.settimeout(PATIENCE)
+            sock.connect(str(path))
+            # HTTP/2: the preface and an empty SETTINGS frame, answered by a SETTINGS frame (4).
+            sock.sendall(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes((0, 0, 0, 4, 0, 0, 0, 0, 0)))
+            assert sock.recv(9)[3] == 4
+            if sock is old:
+                replace(running)
+        old.sendall(bytes((0, 0, 8, 6, 0, 0, 0, 0, 0)) + b"12345678")  # PING
+        received = b""
+        while b"12345678" not in received:
+            received += old.recv(1000)
         end(running)
-        assert not path.exists()
+    assert not path.exists()
+
+
+def test_amqp_guest_proxy_keeps_sessions(vsock: Vsock, fabric: PrivateFabric) -> None:
+    """A session of the old process goes on; the new one accepts.  The test plays the broker."""
+    header = b"AMQP\0\0\x09\x01"
+    frame = b"\x01\0\0\0\0\0\x04\0\x0a\0\x0a\xce"  # a method: connection.start
+    with vsockets.create_server((2, vsockets.VMADDR_PORT_ANY), context=fabric.host) as broker:
+        broker.settimeout(PATIENCE)
+        host = f"vsock:2:{broker.getsockname()[1]}"
+        running = vsock.start("amqp", "guest-proxy", "--listen", "tcp:127.0.0.1:0", "--host", host)
+        port = int(running.error_line().rpartition(":")[2])
+        sessions = []
+        with contextlib.ExitStack() as stack:
+            for _ in range(2):
+                client = stack.enter_context(tcp(port))
+                client.sendall(header)
+                far = stack.enter_context(broker.accept()[0])
+                far.settimeout(PATIENCE)
+                assert far.recv(100) == header
+                sessions.append((client, far))
+                for near, behind in sessions:
+                    behind.sendall(frame)
+                    assert near.recv(100) == frame
+                replace(running)
+            assert len(children(running.process.pid)) == 2
+        end(running)
