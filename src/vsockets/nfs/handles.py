@@ -32,7 +32,8 @@ from .reply_journal import ReplyJournal
 
 _LAYOUT = struct.Struct(">QQqI")
 _TAG_SIZE = 16
-SIZE = _LAYOUT.size + _TAG_SIZE
+IDENTIFIER_SIZE = _LAYOUT.size
+SIZE = IDENTIFIER_SIZE + _TAG_SIZE
 KEY_SIZE = 32
 
 

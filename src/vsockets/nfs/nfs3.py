@@ -332,9 +332,6 @@ PROCEDURES: dict[int, Procedure] = {
     20: _reading("pathconf", handle, _conf),
     21: _modifying("commit", _tuple(handle, hyper, uint), _tuple(wcc_data, verifier)),
 }
-#: Procedures that modify, and whose second execution has no other effect than one that is late:
-#: SETATTR, WRITE, CREATE and COMMIT.  (A CREATE that must not find the file finds it.)
-REPEATABLE = frozenset((2, 7, 8, 21))
 NUMBERS = {procedure.name: number for number, procedure in PROCEDURES.items()}
 
 

@@ -319,6 +319,7 @@ class Procedures:
                 replaced = caller.tree.look_up(target_folder, new, caller.guest)
             except FileNotFoundError:
                 replaced = None
+            caller.begin(source_folder, old, found)
             os.rename(old, new, src_dir_fd=source_folder.fd, dst_dir_fd=target_folder.fd)
         if replaced is None or replaced.identifier != found.identifier:
             if replaced is not None:
@@ -334,6 +335,7 @@ class Procedures:
         if found.is_directory:
             raise OSError(errno.EPERM, "a directory")
         with run_as(caller.identity):
+            caller.begin(folder, name, found)
             os.link(found.path, name, dst_dir_fd=folder.fd, follow_symlinks=True)
         caller.tree.record_name(folder, name, found, caller.guest)
         return attributes_of(caller.tree.refresh(found)), self.wcc_data(caller, folder)
@@ -478,6 +480,7 @@ class Procedures:
     ) -> Any:
         folder, name = self._name_in(caller, target, new=True)
         with run_as(caller.identity):
+            caller.begin(folder, name, None)
             make(folder.fd, name)
             found = caller.tree.look_up(folder, name, caller.guest)
             if new.mode is not None:  # set-group-ID, inherited from the parent, stays
@@ -494,6 +497,7 @@ class Procedures:
         folder, name = self._name_in(caller, target)
         with run_as(caller.identity):
             found = caller.tree.look_up(folder, name, caller.guest)
+            caller.begin(folder, name, found)
             remove(name, dir_fd=folder.fd)
         caller.tree.record_removal(folder, name, found)
         return self.wcc_data(caller, folder)

@@ -13,7 +13,6 @@ import logging
 import os
 import struct
 import zlib
-from collections.abc import Iterator
 from pathlib import Path
 
 from .limits import NFS_CACHED_REPLIES_MAX
@@ -21,12 +20,12 @@ from .retransmission import CachedReply
 
 log = logging.getLogger("vsockets.nfs")
 
-#: Bytes of a slot.  The longest reply to a call that is cached has 284, the longest source 80.
+#: Bytes of a slot.  A source has up to 80; a reply up to 284, or 44 with a change of up to 315.
 _SLOT = 512
 #: The first slot: what the file is, and its version.
 _MAGIC = b"vsock nfs replies 1\n".ljust(_SLOT, b"\0")
-#: Checksum of the rest, sequence number from 1, xid, digest, sizes of source and reply.
-_HEADER = struct.Struct(">IQIIHH")
+#: Checksum of the rest, sequence number from 1, xid, digest, sizes of source, reply and change.
+_HEADER = struct.Struct(">IQIIHHH")
 
 
 class ReplyJournal:
@@ -65,8 +64,8 @@ class ReplyJournal:
         """Close the file."""
         os.close(self._fd)
 
-    def load(self) -> Iterator[tuple[int, CachedReply]]:
-        """Yield the replies with their slots, oldest first."""
+    def load(self) -> list[tuple[int, CachedReply]]:
+        """Return the replies with their slots, oldest first."""
         records: list[tuple[int, int, CachedReply]] = []
         damaged = 0
         for slot in range(self._slots):
@@ -81,15 +80,23 @@ class ReplyJournal:
                 records.append((sequence, slot, reply))
         if damaged:
             log.warning("%s: damaged replies ignored: %d", self._path, damaged)
-        for sequence, slot, reply in sorted(records):
-            self._sequence = sequence
-            yield slot, reply
+        records.sort()
+        if records:
+            self._sequence = records[-1][0]
+        return [(slot, reply) for _, slot, reply in records]
 
     def write(self, slot: int, reply: CachedReply) -> None:
         """Replace the reply in ``slot``."""
         self._sequence += 1
+        self._put(slot, _encode(self._sequence, reply))
+
+    def erase(self, slot: int) -> None:
+        """Remove the reply in ``slot``."""
+        self._put(slot, bytes(_SLOT))
+
+    def _put(self, slot: int, data: bytes) -> None:
         try:
-            os.pwrite(self._fd, _encode(self._sequence, reply), (slot + 1) * _SLOT)
+            os.pwrite(self._fd, data, (slot + 1) * _SLOT)
         except OSError as error:
             self._note_failure(error)
 
@@ -102,8 +109,9 @@ class ReplyJournal:
 
 def _encode(sequence: int, cached: CachedReply) -> bytes:
     source = json.dumps(cached.source).encode()
-    sizes = len(source), len(cached.reply)
-    rest = _HEADER.pack(0, sequence, cached.xid, cached.digest, *sizes)[4:] + source + cached.reply
+    parts = source, cached.reply, cached.change
+    header = _HEADER.pack(0, sequence, cached.xid, cached.digest, *map(len, parts))
+    rest = b"".join((header[4:], *parts))
     assert len(rest) + 4 <= _SLOT, "reply of a cached call too long"
     return zlib.crc32(rest).to_bytes(4) + rest
 
@@ -115,10 +123,14 @@ def _decode(data: bytes) -> tuple[int, CachedReply]:
     """
     if len(data) != _SLOT:
         raise ValueError("truncated")
-    checksum, sequence, xid, digest, source_size, reply_size = _HEADER.unpack_from(data)
-    source_end = _HEADER.size + source_size
-    end = source_end + reply_size
+    checksum, sequence, xid, digest, *sizes = _HEADER.unpack_from(data)
+    end = _HEADER.size + sum(sizes)
     if end > _SLOT or zlib.crc32(data[4:end]) != checksum:
         raise ValueError("wrong checksum")
-    source = tuple(json.loads(data[_HEADER.size : source_end]))
-    return sequence, CachedReply(source, xid, digest, data[source_end:end])
+    parts = []
+    place = _HEADER.size
+    for size in sizes:
+        parts.append(data[place : place + size])
+        place += size
+    source, reply, change = parts
+    return sequence, CachedReply(tuple(json.loads(source)), xid, digest, reply, change)

@@ -108,12 +108,17 @@ _Key = tuple[tuple[Any, ...], int, int]
 
 
 class CachedReply(NamedTuple):
-    """A cached reply with the key of its call: source address, xid and digest."""
+    """A cached reply with the key of its call: source address, xid and digest.
+
+    ``change`` is what the call was about to change, for a process that finds the call interrupted;
+    empty once it has been performed.
+    """
 
     source: tuple[Any, ...]
     xid: int
     digest: int
     reply: bytes
+    change: bytes = b""
 
 
 class DuplicateRequestCache:
@@ -147,10 +152,16 @@ class DuplicateRequestCache:
         return found[1] if found is not None else None
 
     def add(
-        self, guest: Hashable, source: tuple[Any, ...], xid: int, call: bytes, reply: bytes
+        self,
+        guest: Hashable,
+        source: tuple[Any, ...],
+        xid: int,
+        call: bytes,
+        reply: bytes,
+        change: bytes = b"",
     ) -> None:
         """Cache and record the reply to ``call``; replace an earlier one."""
-        cached = CachedReply(source, xid, _digest(call), reply)
+        cached = CachedReply(source, xid, _digest(call), reply, change)
         self._record(self._insert(guest, cached, None), cached)
 
     def restore(self, replies: Iterable[tuple[int, CachedReply]]) -> None:

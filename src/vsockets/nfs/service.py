@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import logging
 import os
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from typing import Any
 
 from ..logs import by
 from . import mount_protocol, nfs3, rpc
-from .calls import Caller, NfsError, NotReady, Pending
-from .exports import Export, Tree
-from .handles import HandleStore, Signer
+from .calls import Caller, Change, NfsError, NotReady, Pending
+from .exports import Export, FileRef, Tree
+from .handles import HandleStore, Identifier, Signer
 from .listing import ListingCache
 from .nfs3 import PROCEDURES, Status
 from .procedures import Procedures
-from .retransmission import DuplicateRequestCache
+from .reply_journal import ReplyJournal
+from .retransmission import CachedReply, DuplicateRequestCache
 from .rpc import AcceptStat, AuthSys, RejectStat
 from .xdr import XdrError
 
@@ -56,8 +58,48 @@ class NfsService:
         listings = ListingCache(self._signer)
         self._procedures = Procedures(self._signer, listings, verifier, transfer)
         self._duplicates = DuplicateRequestCache(handle_store.replies.write)
-        self._duplicates.restore(handle_store.replies.load())
+        self._begin: Callable[[FileRef, bytes, FileRef | None], None]  #: of the call in progress
+        self._duplicates.restore(self._load_replies(handle_store.replies))
         self._pending: set[Hashable] = set()  # (source, xid) of calls in progress
+
+    def _load_replies(self, journal: ReplyJournal) -> Iterator[tuple[int, CachedReply]]:
+        """Yield the replies of earlier processes, also to the call that was interrupted."""
+        for slot, cached in journal.load():
+            reply: CachedReply | None = cached
+            if cached.change:
+                reply = self._reply_to_interrupted(cached)
+                if reply is None:
+                    journal.erase(slot)
+                elif reply is not cached:
+                    journal.write(slot, reply)
+            if reply is not None:
+                yield slot, reply
+
+    def _reply_to_interrupted(self, cached: CachedReply) -> CachedReply | None:
+        """Return the reply to a call in which an earlier process was killed.
+
+        Returns None if the call was not performed, and ``cached``, a refusal, if that is unknown.
+        Called before clients are served, so that none of them has changed the name since.
+        """
+        change = Change.unpack(cached.change)
+        tree = self._by_number.get(change.folder.export)
+        if tree is None:
+            return cached
+        found: Identifier | None = None
+        try:
+            folder = tree.find(change.folder)
+            with contextlib.suppress(FileNotFoundError):
+                found = tree.look_up(folder, change.name, cached.source[0]).identifier
+        except OSError:
+            return cached
+        procedure = PROCEDURES[change.procedure]
+        if change.file is None:  # another program of the host may have made the file
+            return cached if found is not None else None
+        if (found == change.file) != (procedure.name == "link"):
+            return None
+        results = nfs3.encode_result(procedure, Status.OK, procedure.no_attributes)
+        done = rpc.encode_accepted(cached.xid, AcceptStat.SUCCESS, results)
+        return cached._replace(reply=done, change=b"")
 
     def close(self) -> None:
         """Close all files."""
@@ -86,22 +128,25 @@ class NfsService:
         if (source, call.xid) in self._pending:
             return None
         procedure = PROCEDURES.get(call.procedure) if call.program == nfs3.PROGRAM else None
-        cached = procedure is not None and procedure.modifies
-        if procedure is not None and cached and call.procedure not in nfs3.REPEATABLE:
-            # The reply to a retransmission if this process is killed during the call, after which
-            # no process knows whether the call was performed.
+
+        def begin(folder: FileRef, name: bytes, file: FileRef | None) -> None:
+            """Record a refusal, for a process that finds this call interrupted."""
+            assert procedure is not None
             results = nfs3.encode_result(procedure, Status.SERVERFAULT, None)
-            unknown = rpc.encode_accepted(call.xid, AcceptStat.SUCCESS, results)
-            self._duplicates.add(guest, source, call.xid, data, unknown)
+            refusal = rpc.encode_accepted(call.xid, AcceptStat.SUCCESS, results)
+            identifier = file.identifier if file is not None else None
+            change = Change(call.procedure, folder.identifier, name, identifier).pack()
+            self._duplicates.add(guest, source, call.xid, data, refusal, change)
 
         def answer(error: OSError | None = None) -> bytes | Pending:
             self._pending.discard((source, call.xid))
+            self._begin = begin
             try:
                 reply = self._perform(call, arguments, guest, caller, error)
             except NotReady as not_ready:
                 self._pending.add((source, call.xid))
                 return Pending(not_ready.steps, answer)
-            if cached:
+            if procedure is not None and procedure.modifies:
                 self._duplicates.add(guest, source, call.xid, data, reply)
             return reply
 
@@ -188,7 +233,7 @@ class NfsService:
             raise OSError(errno.EACCES, "not exported to this guest")
         if modifies and tree.export.read_only:
             raise OSError(errno.EROFS, "the export is read-only")
-        return Caller(tree, tree.export.identity(credentials), guest)
+        return Caller(tree, tree.export.identity(credentials), guest, self._begin)
 
     def _mount(
         self,
