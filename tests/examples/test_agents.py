@@ -19,6 +19,10 @@ def test_python(run_page: RunPage) -> None:
     run_page("python")
 
 
+def test_snapshots(run_page: RunPage) -> None:
+    run_page("snapshots")
+
+
 def test_pythons_suite_has_its_own_settings() -> None:
     """In a clone, those of the project's own tests need pytest-timeout."""
     command = [sys.executable, "-m", "pytest", "-p", "no:timeout", "-p", "no:cacheprovider"]
