@@ -156,6 +156,31 @@ for _ in range(2):
     assert fabric.control.sockets() == []  # finds the closed ones, once
 
 
+def test_a_stream_of_a_supervised_server_outlives_its_listener(
+    fabric: PrivateFabric, guest: Attachment
+) -> None:
+    program = """
+import socket
+with socket.socket(40) as server:
+    server.bind((0xFFFFFFFF, 5000)); server.listen()
+    print("serves", flush=True)
+    connection, _ = server.accept()
+print("closed", flush=True)
+connection.sendall(connection.recv(10))
+"""
+    command = [sys.executable, "-c", program]
+    with fabric.popen(guest, command, stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None and process.stdout.readline() == b"serves\n"
+        with vsockets.create_connection((guest.cid, 5000), context=fabric.host) as client:
+            assert process.stdout.readline() == b"closed\n"
+            before = fabric.control.sockets()  # vsockd finds the listener closed
+            fabric.control.replace()
+            assert fabric.control.sockets() == before
+            client.send(b"still")
+            assert client.recv(10) == b"still"
+        assert process.wait(PATIENCE) == 0
+
+
 def test_pending_connections_of_a_supervised_server_are_counted(
     fabric: PrivateFabric, guest: Attachment
 ) -> None:

@@ -292,6 +292,7 @@ class Broker:
             self._holders.pop(channel.secret, None)
         if channel.endpoint is not None:
             self.fabric.unbind(channel.endpoint)
+            channel.endpoint.handle = None  # the endpoint is kept for its streams
         channel.close()
 
     def _release_some(self, party: Party | None = None) -> None:
@@ -703,9 +704,7 @@ class Broker:
         return True
 
     def _local_cid(self, channel: Channel, request: Request) -> bool:
-        context = channel.context
-        flags = self._queries.trust_flags(channel, request)
-        record = Record(0, flags, context.cid, peer_cid=context.reported_cid)
+        record = Record(0, self._queries.trust_flags(channel, request), channel.context.cid)
         self._reply(channel, request, record.encode())
         return False
 
