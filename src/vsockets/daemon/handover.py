@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import _socket
 import functools
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from ..fabric import (
@@ -50,6 +50,13 @@ class Writer:
         self.links: dict[Any, int] = {}
         self.groups: dict[Any, int] = {}
         self.receivers: dict[Any, int] = {}
+        #: the connections whose rows were sent before the rest, by number, and what of them can
+        #: have changed since: buffer size and registration
+        self.early: dict[int, tuple[int, object]] = {}
+        self.find_parties(fabric)
+
+    def find_parties(self, fabric: Fabric) -> None:
+        """Find the parties of the fabric, which may have others than before."""
         self._parties = {
             party: (context.cid, party.uid)
             for context in fabric.contexts
@@ -103,13 +110,15 @@ class ClosedLink:
 class Reader:
     """The state that a vsockd takes over: the objects by their numbers, and the descriptors."""
 
-    def __init__(self, fabric: Fabric, descriptors: list[int]) -> None:
+    def __init__(self, fabric: Fabric, descriptors: list[int], early: Sequence[Any] = ()) -> None:
+        """Start without objects; ``early`` are the rows that came before the state."""
         self.fabric = fabric
         self.descriptors = descriptors
+        self.early = early
         self.endpoints: list[Endpoint] = []
         self.channels: list[Any] = []
         self.links: list[Any] = []
-        self.groups: list[Any] = []
+        self.groups: dict[int, Any] = {}
         self.receivers: list[Any] = []
         self._closed_link = ClosedLink()
         self._former = Party("a removed context", None)
@@ -159,7 +168,6 @@ def save_context(context: Context) -> Saved:
         ],
         "reserved_ports": context.reserved_ports,
         "parent": context.parent,
-        "reported_cid": context.reported_cid,
         "state": context.state.value,
         "fault_tolerant": context.fault_tolerant,
         "hybrid": context.hybrid,
@@ -180,7 +188,6 @@ def restore_context(fabric: Fabric, saved: Saved) -> None:
     context.set_limits(Limits(*saved["limits"]))
     context.reserved_ports = saved["reserved_ports"]
     context.parent = saved["parent"]
-    context.reported_cid = saved["reported_cid"]
     context.state = State(saved["state"])
     context.fault_tolerant = saved["fault_tolerant"]
     context.hybrid = saved["hybrid"]
@@ -299,7 +306,7 @@ def save_connections(writer: Writer, connections: Iterable[Connection]) -> list[
     ]
 
 
-def restore_connections(reader: Reader, saved: list[Any]) -> list[Connection]:
+def restore_connections(reader: Reader, saved: Iterable[Any]) -> list[Connection]:
     """Restore connections from tuples, with the ports and cookies that they had; return them."""
     endpoints, groups = reader.endpoints, reader.groups
     # Most have these in common.

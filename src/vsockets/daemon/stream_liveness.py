@@ -142,11 +142,18 @@ class StreamLiveness:
         if self._current is None:
             self._use(self._new_group())
 
+    def number_groups(self, writer: Writer) -> None:
+        """Give each group a number, unless it has one."""
+        for group in self._groups.values():
+            writer.groups.setdefault(group, len(writer.groups))
+
     def save(self, writer: Writer) -> Saved:
         """Return all groups for the next vsockd."""
-        writer.groups.update({group: at for at, group in enumerate(self._groups.values())})
+        self.number_groups(writer)
         return {
-            "groups": [group.save(writer) for group in self._groups.values()],
+            "groups": [
+                (writer.group(group), group.save(writer)) for group in self._groups.values()
+            ],
             "current": writer.group(self._current),
             "filled": writer.group(self._filled),
             "with_room": [writer.group(group) for group in self._with_room],
@@ -156,11 +163,11 @@ class StreamLiveness:
 
     def restore(self, reader: Reader, saved: Saved) -> None:
         """Add the groups that the previous vsockd has saved."""
-        for one in saved["groups"]:
+        for number, one in saved["groups"]:
             group = Group.restore(reader, one)
             self._events.register(group.fd, select.EPOLLIN)
             self._groups[group.fd] = group
-            reader.groups.append(group)
+            reader.groups[number] = group
         current, filled = saved["current"], saved["filled"]
         self._current = None if current is None else reader.groups[current]
         self._filled = None if filled is None else reader.groups[filled]

@@ -27,7 +27,7 @@ import select
 from collections.abc import Callable, Iterable, Iterator
 from socket import AF_UNIX, SHUT_RDWR, SO_DOMAIN, SOL_SOCKET
 from time import monotonic
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from .._linux.inspection import duplicate, open_pidfd, process_ids, sockets_of
 from .._linux.sockets import cookie_of
@@ -323,18 +323,41 @@ class Streams:
         self._reap_delay: float | None = None  # None: no timer is set
         self._to_disconnect: list[Connection] = []  # of the previous vsockd
 
+    def save_early(self, writer: Writer) -> list[Any]:
+        """Return rows of the established streams; :meth:`save` then returns what changes later.
+
+        vsockd serves in between.  Of an established stream, only the size of its buffer and its
+        registration can change before it ends.  The number of one that has ended is not used again
+        for hours (:data:`vsockets.fabric.fabric.LAST_CONNECTION`).
+        """
+        self._liveness.number_groups(writer)
+        connections = self._fabric.connections.values()
+        established = [one for one in connections if not one.listener.pending]
+        writer.early = {one.number: (one.size, one.watch) for one in established}
+        return save_connections(writer, established)
+
     def save(self, writer: Writer) -> Saved:
         """Return all streams, and those to be disconnected, for the next vsockd."""
+        early, connections = writer.early, self._fabric.connections
+        liveness = self._liveness.save(writer)
+        changed = (
+            one for one in connections.values() if early.get(one.number) != (one.size, one.watch)
+        )
         return {
-            "liveness": self._liveness.save(writer),
-            "connections": save_connections(writer, self._fabric.connections.values()),
+            "liveness": liveness,
+            "connections": save_connections(writer, changed),
+            "ended": [number for number in early if number not in connections],
             "remaining": save_connections(writer, self._disconnector.remaining),
         }
 
     def restore(self, reader: Reader, saved: Saved) -> None:
         """Add the streams that the previous vsockd has saved; endpoints are restored before."""
         self._liveness.restore(reader, saved["liveness"])
-        found = restore_connections(reader, saved["connections"])
+        rows = {row[0]: row for row in reader.early}
+        for number in saved["ended"]:
+            del rows[number]
+        rows.update((row[0], row) for row in saved["connections"])
+        found = restore_connections(reader, rows.values())
         self._fabric.connections.update({one.number: one for one in found})
         self._to_disconnect = restore_connections(reader, saved["remaining"])
 

@@ -5,6 +5,8 @@ The running vsockd starts its successor, with a socket between the two::
     successor                              predecessor
       starts, imports, reads the configuration
       "ready", format  ------------------>
+                       <------------------ rows of all established streams (in a memory file)
+      "read"           ------------------>
                                            serves no further request
                        <------------------ state (in a memory file), all descriptors
       restores all of it, does nothing yet
@@ -12,7 +14,8 @@ The running vsockd starts its successor, with a socket between the two::
                        <------------------ closes the socket, and ends without cleaning up
       serves
 
-Requests wait in the kernel meanwhile.  Descriptors are copies until the predecessor ends: if the
+Requests wait in the kernel from "read" on.  The state has the rows that have changed since, and the
+numbers of the streams that have ended.  Descriptors are copies until the predecessor ends: if the
 successor fails at any point before "taken", the predecessor goes on serving.
 
 Streams do not depend on vsockd.  The epolls that detect their end (:mod:`.stream_liveness`) are
@@ -35,6 +38,7 @@ import subprocess
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from .._linux.libc import check, libc
 from ..eventloop.loop import EventLoop
@@ -58,7 +62,7 @@ log = logging.getLogger(__name__)
 
 #: The format of the state.  A successor takes over this format and, if it ever changes, also that
 #: of the previous release.
-FORMAT = 2
+FORMAT = 3
 
 #: The version of marshal's format that every Python since 3.4 reads.  (Requests wait meanwhile:
 #: pickle takes three times as long to write, JSON five times.)
@@ -186,18 +190,21 @@ class Successor:
         self,
         loop: EventLoop,
         command: Sequence[str],
+        save_early: Callable[[], list[Any]],
         hand_over: Callable[[], tuple[Saved, list[int]]],
         ended: Callable[[str], None],
     ) -> None:
         """Start ``command``, whose last argument becomes the number of its socket.
 
-        ``hand_over`` is called when the successor is ready, and returns the state and the
+        ``save_early`` is called when the successor is ready, and returns rows of streams;
+        ``hand_over`` is called when the successor has read them, and returns the state and the
         descriptors.  ``ended`` is called at the end: with "", if the process has taken over, else
         with the reason why not.
 
         Raises OSError when it cannot be started.
         """
         self._loop = loop
+        self._save_early = save_early
         self._hand_over = hand_over
         self._ended = ended
         self._sock, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -218,12 +225,14 @@ class Successor:
         self._sock.settimeout(_RESTORE_SECONDS)
         try:
             words = self._sock.recv(64).split()
+            gc.disable()  # it would look at every object that is made, and find no garbage
             if not words:
                 self._end("it has ended; see its messages")
-            elif words != [b"ready", b"%d" % FORMAT]:
+            elif words == [b"ready", b"%d" % FORMAT]:
+                _send_file(self._sock, b"rows", self._save_early())
+            elif words != [b"read"]:
                 self._end(f"it expects another format of the state: {words!r}")
             else:
-                gc.disable()  # it would look at every object that is made, and find no garbage
                 _send(self._sock, *self._hand_over())
                 taken = self._sock.recv(64)
                 self._end("" if taken == b"taken" else "it has failed to take over")
@@ -255,16 +264,34 @@ class Successor:
         self._sock.close()
 
 
-def _send(sock: socket.socket, state: Saved, descriptors: list[int]) -> None:
-    """Send the state in a memory file, and then the descriptors."""
+def _send_file(sock: socket.socket, message: bytes, content: Saved | list[Any]) -> None:
+    """Send a message with a memory file that has ``content``."""
     file = os.memfd_create("vsockd-state", os.MFD_CLOEXEC)
     try:
-        with open(file, "wb", closefd=False) as content:
-            content.write(marshal.dumps(state, _MARSHAL))
+        with open(file, "wb", closefd=False) as opened:
+            opened.write(marshal.dumps(content, _MARSHAL))
         os.lseek(file, 0, os.SEEK_SET)  # the successor gets this very file
-        socket.send_fds(sock, [b"%d" % len(descriptors)], [file])
+        socket.send_fds(sock, [message], [file])
     finally:
         os.close(file)
+
+
+def _receive_file(sock: socket.socket) -> tuple[bytes, Any]:
+    """Return a message and the content of the file that came with it.
+
+    Raises OSError when the content is damaged.
+    """
+    message, (file,), _, _ = socket.recv_fds(sock, 64, 1)
+    with open(file, "rb") as content:
+        try:
+            return message, marshal.loads(content.read())
+        except (EOFError, ValueError, TypeError) as error:
+            raise OSError(errno.EBADMSG, f"the predecessor's state: {error}") from None
+
+
+def _send(sock: socket.socket, state: Saved, descriptors: list[int]) -> None:
+    """Send the state, and then the descriptors."""
+    _send_file(sock, b"%d" % len(descriptors), state)
     for first in range(0, len(descriptors), _DESCRIPTORS_MAX):
         rights = array.array("i", descriptors[first : first + _DESCRIPTORS_MAX])
         for _ in range(int(_RESTORE_SECONDS * 1000)):
@@ -285,6 +312,7 @@ class Predecessor:
 
     def __init__(self, fd: int) -> None:
         """Take ownership of ``fd``, this process's end of the socket to the predecessor."""
+        self.early: list[Any] = []  #: rows of streams, sent before the state
         self.state: Saved = {}
         self.descriptors: list[int] = []
         self._sock = socket.socket(fileno=fd)
@@ -299,12 +327,9 @@ class Predecessor:
         """
         gc.disable()  # all that is made now stays; the caller enables it again
         self._sock.send(b"ready %d" % FORMAT)
-        number, (file,), _, _ = socket.recv_fds(self._sock, 64, 1)
-        with open(file, "rb") as content:
-            try:
-                self.state = marshal.loads(content.read())
-            except (EOFError, ValueError, TypeError) as error:
-                raise OSError(errno.EBADMSG, f"the predecessor's state: {error}") from None
+        _, self.early = _receive_file(self._sock)
+        self._sock.send(b"read")
+        number, self.state = _receive_file(self._sock)
         while len(self.descriptors) < int(number):
             data, came, _, _ = socket.recv_fds(self._sock, 1, _DESCRIPTORS_MAX)
             if not data:

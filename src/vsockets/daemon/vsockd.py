@@ -210,7 +210,7 @@ class Vsockd:
     def _restore(self, predecessor: Predecessor, handlers: ControlHandlers) -> ControlSocket:
         """Restore what the predecessor has saved, without serving yet."""
         state = predecessor.state
-        reader = Reader(self.fabric, predecessor.descriptors)
+        reader = Reader(self.fabric, predecessor.descriptors, predecessor.early)
         restore_broker(reader, state, self.loop, self.broker)
         # Guests of this vsockd, not of one that has crashed.
         self._isolated.before.difference_update(one.cid for one in self.fabric.contexts)
@@ -357,11 +357,17 @@ class Vsockd:
         Raises OSError when the successor cannot be started.
         """
         if self._successor is None:
-            self._successor = Successor(self.loop, self._command, self._save, self._on_succession)
+            steps = self._save_early, self._save, self._on_succession
+            self._successor = Successor(self.loop, self._command, *steps)
         self._replacing.append(failed)
 
+    def _save_early(self) -> list[Any]:
+        self._writer = Writer(self.fabric)
+        return self.broker.streams.save_early(self._writer)
+
     def _save(self) -> tuple[Saved, list[int]]:
-        writer = Writer(self.fabric)
+        writer = self._writer
+        writer.find_parties(self.fabric)
         lifeline = None if self._lifeline is None else writer.descriptor(self._lifeline)
         state = {
             "lock": writer.descriptor(self._lock),
