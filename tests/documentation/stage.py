@@ -46,7 +46,24 @@ _PAGE, _PROGRAMS = Path("/tmp/page"), Path("/tmp/programs")
 #: Folders and files that pages name.
 _FOLDERS = ("/srv/shared", "/srv/a", "/srv/b", "/run/fc", "/tmp/page/web")
 _FILES = {
-    "web/web.vmx": 'virtualHW.version = "8"\nvmci0.id = "77"\ndisplayName = "web"\n',
+    "web/web.vmx": """\
+virtualHW.version = "8"
+displayName = "web"
+scsi0.present = "TRUE"
+scsi0.virtualDev = "lsilogic"
+scsi0:0.present = "TRUE"
+scsi0:0.fileName = "web.vmdk"
+sata0.present = "TRUE"
+sata0:1.present = "TRUE"
+sata0:1.deviceType = "cdrom-raw"
+sata0:1.fileName = "auto detect"
+ethernet0.present = "TRUE"
+ethernet0.virtualDev = "vmxnet3"
+usb.present = "TRUE"
+uuid.bios = "56 4d 12 34 56 78 9a bc-de f0 12 34 56 78 9a bc"
+vmci0.id = "77"
+""",
+    "web/web.vmdk": "",
     "web.qcow2": "",
 }
 

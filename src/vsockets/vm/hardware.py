@@ -36,7 +36,7 @@ _IGNORED_KEYS = {
     "bios.hddorder": "disks are tried in the order of their controllers",
     "nvram": "the firmware starts with its defaults",
     "cpuid.corespersocket": "each processor is a socket",
-    "uuid.bios": "the machine gets another serial number and UUID",
+    "uuid.bios": "the machine gets another serial number (--vmware-tools keeps it) and UUID",
 }
 
 _IMAGES = ("", "disk", "scsi-harddisk", "ata-harddisk")

@@ -96,8 +96,8 @@ def install_hint(device: str) -> str:
         return "apt install qemu-system-x86"
     return (
         "apt install -t trixie-backports qemu-system-x86 on Debian 13, qemu-system-x86 on Ubuntu "
-        "25.10 or later; or --download, which unpacks one below ~/.cache without installing it; "
-        "or --device virtio"
+        "25.10 or later; or vsock vm run --download, which unpacks one below ~/.cache without "
+        "installing it; or --device virtio"
     )
 
 
