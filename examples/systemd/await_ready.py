@@ -17,12 +17,19 @@ with selectors.DefaultSelector() as selector:
         selector.register(sock, selectors.EVENT_READ)
     environment = {**os.environ, "NOTIFY_SOCKET": f"vsock:{socket.VMADDR_CID_HOST}:{port}"}
     guest = subprocess.Popen(sys.argv[2:], env=environment)
+    ended = os.pidfd_open(guest.pid)
+    selector.register(ended, selectors.EVENT_READ)
     ready = False
     while not ready:
         events = selector.select(timeout=60)
         if not events:
             sys.exit("no guest was ready in time")
         for key, _ in events:
+            if key.fd == ended:
+                if guest.wait() != 0:
+                    sys.exit(f"the command ended with status {guest.returncode}, and was not ready")
+                selector.unregister(ended)  # it may have notified just before
+                continue
             sock = key.fileobj
             if sock.type == socket.SOCK_SEQPACKET:
                 sock, (cid, _) = sock.accept()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -64,6 +65,20 @@ def test_systemd_is_notified_by_its_tool(run_page: RunPage, tmp_path: Path) -> N
         programs.mkdir()
         (programs / "systemd-notify").symlink_to(tool)
     run_page("systemd", "systemd-notify")
+
+
+def test_a_guest_that_fails_before_it_is_ready() -> None:
+    """Without a READY=1 the launcher reports the command's status, at once."""
+    launcher = [sys.executable, str(EXAMPLES / "systemd/await_ready.py"), "9000"]
+    done = subprocess.run(
+        [sys.executable, "-m", "vsockets.cli", "fabric", "--", *launcher, "sh", "-c", "exit 7"],
+        capture_output=True,
+        text=True,
+        timeout=50,  # below the launcher's own limit
+        check=False,
+    )
+    assert done.returncode == 1
+    assert "the command ended with status 7, and was not ready" in done.stderr
 
 
 def has_vsock(tool: str | None) -> bool:
