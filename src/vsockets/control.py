@@ -102,6 +102,7 @@ class Control:
         hybrid: str | os.PathLike[str] | None = None,
         reserved_ports: bool = False,
         parent: int | None = None,
+        reported_cid: int | None = None,
     ) -> dict[str, Any]:
         """Add a guest, by default with an unused CID; return its row of :meth:`contexts`.
 
@@ -111,7 +112,8 @@ class Control:
         (docs/hybrid.md).  ``reserved_ports`` lets the guest's programs bind ports below 1024
         without CAP_NET_BIND_SERVICE.  ``parent`` is the CID of a guest that this guest may
         communicate with in spite of their profiles: the one that has started it, such as the parent
-        instance of an enclave.
+        instance of an enclave.  ``reported_cid`` is the CID that ``/dev/vsock`` reports to programs
+        of the guest under ``vsock run``, by default the guest's: VMADDR_CID_ANY on Hyper-V.
 
         Raises OSError: EEXIST if the CID is in use, EINVAL if a value is invalid, EPERM if
         ``reserved_ports`` is set for a guest of another user than the fabric's owner.
@@ -130,6 +132,7 @@ class Control:
             hybrid=None if hybrid is None else os.fspath(hybrid),
             reserved_ports=reserved_ports,
             parent=parent,
+            reported_cid=reported_cid,
         )
 
     def remove_context(self, cid: int) -> None:

@@ -8,6 +8,7 @@ import socket
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from subprocess import PIPE
 
 import pytest
 
@@ -211,6 +212,18 @@ def test_a_chosen_cid(fabric: PrivateFabric) -> None:
         assert machine.context.cid == machine.cid == cid
         with pytest.raises(PlayedFailed, match=f"{cid}"):
             fabric.played(hypervisor, cid)
+
+
+def test_a_guest_of_hyper_v_does_not_know_its_cid(fabric: PrivateFabric) -> None:
+    script = "import socket; s = socket.socket(socket.AF_VSOCK); "
+    script += (
+        "print(socket.VMADDR_CID_ANY, int.from_bytes(fcntl.ioctl(s, 0x7b9, bytes(4)), 'little'))"
+    )
+    for hypervisor, known in (("hyperv", False), ("qemu", True)):
+        machine = fabric.played(hypervisor)
+        command = [sys.executable, "-c", f"import fcntl; {script}"]
+        any_cid, cid = fabric.run(machine.context, command, stdout=PIPE).stdout.split()
+        assert int(cid) == (machine.cid if known else int(any_cid))
 
 
 def test_a_machine_stays_when_vsockd_is_replaced() -> None:

@@ -351,6 +351,7 @@ class ContextManager:
         context.hybrid = wanted.hybrid
         context.reserved_ports = wanted.reserved_ports
         context.parent = wanted.parent
+        context.reported_cid = wanted.reported_cid
         try:
             self._isolated.record(contexts)
             if wanted.powered:

@@ -168,6 +168,7 @@ def save_context(context: Context) -> Saved:
         ],
         "reserved_ports": context.reserved_ports,
         "parent": context.parent,
+        "reported_cid": context.reported_cid,
         "state": context.state.value,
         "fault_tolerant": context.fault_tolerant,
         "hybrid": context.hybrid,
@@ -188,6 +189,7 @@ def restore_context(fabric: Fabric, saved: Saved) -> None:
     context.set_limits(Limits(*saved["limits"]))
     context.reserved_ports = saved["reserved_ports"]
     context.parent = saved["parent"]
+    context.reported_cid = saved["reported_cid"]
     context.state = State(saved["state"])
     context.fault_tolerant = saved["fault_tolerant"]
     context.hybrid = saved["hybrid"]

@@ -346,6 +346,7 @@ class Context:
         "name",
         "owner",
         "parent",
+        "reported_cid",
         "reserved_ports",
         "state",
     )
@@ -359,6 +360,8 @@ class Context:
         self.isolation = Isolation()
         #: CID of the guest that has started this one, which the two may reach; 0 without one
         self.parent = 0
+        #: CID that programs under ``vsock run`` get for their own from ``/dev/vsock``; 0: the CID
+        self.reported_cid = 0
         #: True if programs of this context may bind ports below 1024 without a capability
         self.reserved_ports = False
         self.state = State.RUNNING

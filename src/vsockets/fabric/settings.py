@@ -88,6 +88,7 @@ class ContextSettings:
     #: programs may bind ports below 1024 without a capability; for guests of the fabric's owner
     reserved_ports: bool = False
     parent: int = 0  #: CID of the guest that has started this one; 0 without one
+    reported_cid: int = 0  #: CID that programs get for their own from ``/dev/vsock``; 0: the CID
 
 
 @dataclass(frozen=True, slots=True)

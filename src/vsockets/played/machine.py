@@ -617,7 +617,12 @@ class Hypervisor:
         elif parent is not None and cid <= parent:
             raise PlayedError(f"CID {cid} is the parent's or reserved (expected 4 or more)")
         name = f"{personality.name}-{cid}"
-        self._control.add_context(cid, name, reserved_ports=True, parent=parent)
+        self._control.add_context(
+            *(cid, name),
+            reserved_ports=True,
+            parent=parent,
+            reported_cid=personality.reported_cid,
+        )
         return cid
 
     def clone(self, cid: int, count: int) -> list[Machine]:

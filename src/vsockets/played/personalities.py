@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from enum import Enum
 
-from ..model.constants import VMADDR_CID_HOST
+from ..model.constants import VMADDR_CID_ANY, VMADDR_CID_HOST
 
 #: The first port of a host's end in Firecracker's device and those derived from it.
 FIRST_HOST_PORT = 1 << 30
@@ -51,6 +51,7 @@ class Personality:
     #: False: the ports of host ends start again at FIRST_HOST_PORT after a restore
     remembers_ports: bool = True
     connections: int = 1023  #: largest number of connections of a hybrid device
+    reported_cid: int | None = None  #: CID that the guest's kernel reports as its own, if another
     agent_port: int = 0  #: port of the VMM's own agent in the guest; 0: it has none
     scheme: str = ""  #: URL scheme in which the VMM names the agent's address
 
@@ -81,7 +82,7 @@ _ALL = (
         operations=frozenset({"snapshot", "restore", "clone", "kill", "reboot", "change-cid"}),
     ),
     Personality("nitro", "1.0", Transport.KERNEL, guest_cid=16, host_cid=NITRO_PARENT_CID),
-    Personality("hyperv", "5.15", Transport.KERNEL),
+    Personality("hyperv", "5.15", Transport.KERNEL, reported_cid=VMADDR_CID_ANY),
 )
 
 #: The names of the VMMs that can be played.

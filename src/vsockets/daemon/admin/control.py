@@ -270,6 +270,7 @@ class ControlSession:
             hybrid=read_hybrid(request),
             reserved_ports=bool(request.boolean("reserved_ports")),
             parent=request.integer("parent", FIRST_GUEST_CID, LAST_GUEST_CID) or 0,
+            reported_cid=request.integer("reported_cid", FIRST_GUEST_CID, LARGEST) or 0,
         )
         lease = bool(request.boolean("lease"))
         context = self._handlers.contexts.add(

@@ -205,7 +205,7 @@ async def ioctl(call: Call) -> Answer:
         raise failure(errno.ENOTTY)
     if request == IOCTL_LOCAL_CID:
         record, _ = await call.services.vsockd.request(None, client.local_cid())
-        call.write((address, _U32.pack(record.local_cid)))
+        call.write((address, _U32.pack(record.peer_cid or record.local_cid)))
     elif request == IOCTL_AF_VALUE:
         call.write((address, _INT.pack(AF_VSOCK)))
     else:
