@@ -277,3 +277,28 @@ def test_a_path_in_use(fabric: PrivateFabric, tmp_path: Path) -> None:
         fabric.played("firecracker", 60, socket=tmp_path / "v")
     os.unlink(tmp_path / "v")
     assert fabric.played("firecracker", 60, socket=tmp_path / "v").cid == 60
+
+
+def test_one_process_decides_a_guests_connects(fabric: PrivateFabric, tmp_path: Path) -> None:
+    played = fabric.played("firecracker").cid
+    hybrid = fabric.guest(hybrid=tmp_path / "v").cid
+    for cid, code in ((played, errno.EBUSY), (hybrid, errno.EBUSY), (2, errno.EINVAL)):
+        with pytest.raises(OSError) as caught:
+            fabric.control.attach_played_host(cid)
+        assert caught.value.errno == code
+
+
+def test_connects_end_with_the_process_that_decides_them(fabric: PrivateFabric) -> None:
+    guest = fabric.guest()
+    for _ in range(2):
+        with fabric.control.attach_played_host(guest.cid):
+            pass
+        wait_until(lambda: _is_refused(guest), "the end of the link", PATIENCE)
+
+
+def _is_refused(guest: vsockets.Attachment) -> bool:
+    try:
+        vsockets.create_connection((2, 5999), timeout=0.1, context=guest)
+    except OSError as error:
+        return error.errno == errno.ECONNRESET
+    return False
