@@ -83,6 +83,12 @@ def holder(shared_fabric: PrivateFabric) -> Iterator[Holder]:
     holder.close()
 
 
+@pytest.fixture
+def private_fabric() -> Iterator[PrivateFabric]:
+    with PrivateFabric() as fabric:
+        yield fabric
+
+
 def errno_of_connecting(context: Attachment, port: int = 5000) -> int:
     with vsockets.socket(context=context) as sock:
         return sock.connect_ex((HOST, port))
@@ -303,3 +309,16 @@ class TestAbuse:
                 holder.listen()
             for row in shared_fabric.control.sockets():
                 assert errno_of_connecting(guest_of(shared_fabric), row["port"]) == 0
+
+
+def test_connect_at_the_limit_finds_the_listener_closed(private_fabric: PrivateFabric) -> None:
+    """vsockd releases what is closed at a party's limit, the requested listener included."""
+    guest = private_fabric.guest(3, limits={"sockets": 1})
+    holder = Holder(private_fabric.host, 5000)
+    holder.listen()
+    with vsockets.socket(context=guest) as bound:
+        bound.bind((3, 6000))
+        holder.sock.close()
+        assert bound.connect_ex((HOST, 5000)) == errno.ECONNRESET
+        assert bound.getsockname() == (3, 6000)
+    holder.close()

@@ -588,6 +588,8 @@ class Broker:
 
         The program has shut down reading, or closed the socket.
         """
+        if target.channel.sock.fileno() < 0:
+            return  # this request has probed named sockets, and dropped the listener already
         target.channel.send(Record(errno.EBADF).encode())  # the client must not reconnect
         self._drop(target.channel)
 
