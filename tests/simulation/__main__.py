@@ -11,6 +11,7 @@ from .broker_world import BrokerWorld
 from .datagram_world import DatagramWorld
 from .engine import Failure, World, simulate
 from .fabric_world import FabricWorld
+from .named_world import NamedWorld
 from .virtio_device_world import VirtioDeviceWorld
 from .virtio_world import VirtioWorld
 from .vmci_world import VmciWorld
@@ -23,6 +24,7 @@ WORLDS: tuple[type[World], ...] = (
     VmciWorld,
     BrokerWorld,
     DatagramWorld,
+    NamedWorld,
 )
 
 

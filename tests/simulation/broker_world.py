@@ -307,13 +307,16 @@ class BrokerWorld(World):
         one.process.sockets.remove(one)
         self.clients.remove(one)
 
-    def _new(self, chance: Random) -> Client | None:
-        if not self.processes:
-            self.do_start(chance)
-        process = pick(chance, self.processes.values())
+    def _new(
+        self, chance: Random, process: Process | None = None, kind: EndpointKind | None = None
+    ) -> Client | None:
+        if process is None:
+            if not self.processes:
+                self.do_start(chance)
+            process = pick(chance, self.processes.values())
         if process is None:
             return None
-        kind = chance.choice([STREAM, STREAM, SEQPACKET])
+        kind = kind or chance.choice([STREAM, STREAM, SEQPACKET])
         ours, theirs = socket.socketpair(AF_UNIX, TYPES[kind])
         ours.setblocking(False)
         self.cookies += 1
@@ -357,11 +360,14 @@ class BrokerWorld(World):
         one = (chance.random() < 0.5 and self._idle(chance, "new", "bound")) or self._new(chance)
         if not one:
             return
-        listeners = [a.address for a in self.clients if a.state == "listening" and a.address]
+        listeners = self._listeners()
         targets = [(device.cid, DEVICE_PORT) for device in self.devices]
         nobody = [(HOST, 9)]
         known = chance.choice([listeners, listeners, listeners, targets, nobody]) or nobody
         self._connect(chance, one, chance.choice(known))
+
+    def _listeners(self) -> list[tuple[int, int]]:
+        return [one.address for one in self.clients if one.state == "listening" and one.address]
 
     def do_crowd(self, chance: Random) -> None:
         """Many sockets, some of them bound, connect to one device, whose link is full then."""
@@ -558,7 +564,7 @@ class BrokerWorld(World):
     def do_guest_connect(self, chance: Random) -> None:
         """A guest connects to the host: its device sends vsockd a channel."""
         device = pick(chance, self.devices)
-        listeners = [a.address for a in self.clients if a.state == "listening" and a.address]
+        listeners = self._listeners()
         if device is None or not listeners:
             return
         ours, theirs = socket.socketpair(AF_UNIX, SOCK_STREAM)

@@ -31,6 +31,7 @@ from .broker_world import BrokerWorld
 from .datagram_world import DatagramWorld
 from .engine import Failure, World, generate, run, shorten, simulate
 from .fabric_world import FabricWorld
+from .named_world import NamedWorld
 from .virtio_device_world import VirtioDeviceWorld
 from .virtio_world import VirtioWorld
 from .vmci_world import VmciWorld
@@ -307,6 +308,22 @@ def closed_socket_keeps_its_routes(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(DatagramSocket, "close", NamedSocket.close)
 
 
+def closed_listener_is_handed_over(patch: pytest.MonkeyPatch) -> None:
+    """Mended in 9910b89: its descriptor was closed, or another's: vsockd was not replaced."""
+    drop = Broker._drop
+
+    def faulty(self: Broker, channel: Channel) -> None:
+        endpoint = channel.endpoint
+        handle = None if endpoint is None else endpoint.handle
+        drop(self, channel)
+        if endpoint is not None:
+            endpoint.handle = handle
+
+    patch.setattr(Broker, "_drop", faulty)
+
+
+NAMED_FAULTS: list[Plant] = [closed_listener_is_handed_over]
+
 DATAGRAM_FAULTS: list[Plant] = [route_is_revoked_twice, closed_socket_keeps_its_routes]
 
 BROKER_FAULTS: list[Plant] = [
@@ -357,12 +374,14 @@ PLANTS: list[tuple[type[World], Plant]] = [
     *((VmciWorld, plant) for plant in VMCI_FAULTS),
     *((BrokerWorld, plant) for plant in BROKER_FAULTS),
     *((DatagramWorld, plant) for plant in DATAGRAM_FAULTS),
+    *((NamedWorld, plant) for plant in NAMED_FAULTS),
 ]
 
 #: the seed to begin with, for faults that few seeds find
 FIRST_SEEDS: dict[Plant, int] = {
     any_holder_releases: 20,
     closed_link_is_handed_over_once: 54,
+    closed_listener_is_handed_over: 74,
     domains_are_ignored: 10,
     fault_tolerance_of_the_destination: 15,
     full_link_unbinds: 230,
