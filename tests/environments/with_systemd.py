@@ -178,6 +178,22 @@ def test_a_forward_of_a_file(machine: SystemdMachine) -> None:
     assert machine.machine.run(ask) == b"from guest 5\n"
     machine.run("systemctl", "reload", "vsock-forward@web")
     assert machine.machine.run(ask) == b"from guest 5\n"
+    replace(machine, "vsock-forward@web")
+    assert machine.machine.run(ask) == b"from guest 5\n"
+
+
+def replace(machine: SystemdMachine, unit: str) -> None:
+    """Have another process take over a forward; the unit's main process stays."""
+    main = machine.property(unit, "MainPID")
+    machine.run("systemctl", "kill", "--kill-whom=main", "--signal=USR2", unit)
+
+    def is_replaced() -> bool:
+        log = machine.run("journalctl", "--no-pager", "--output=cat", f"--unit={unit}")
+        assert "not replaced" not in log
+        return "replaced by process" in log
+
+    wait_until(is_replaced, "another process to take over", 60)
+    assert machine.property(unit, "MainPID") == main
 
 
 def test_a_forward_by_socket_activation(machine: SystemdMachine) -> None:
@@ -194,6 +210,8 @@ def test_a_forward_by_socket_activation(machine: SystemdMachine) -> None:
     """
     assert machine.machine.run(ask) == b"activated\n"
     assert machine.property("guest-ssh.service", "ActiveState") == "active"
+    replace(machine, "guest-ssh.service")
+    assert machine.machine.run(ask) == b"activated\n"
     machine.run("systemctl", "stop", "guest-ssh.socket", "guest-ssh.service")
     assert machine.property("guest-ssh.service", "Result") == "success"
 
