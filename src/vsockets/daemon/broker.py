@@ -706,7 +706,9 @@ class Broker:
         return True
 
     def _local_cid(self, channel: Channel, request: Request) -> bool:
-        record = Record(0, self._queries.trust_flags(channel, request), channel.context.cid)
+        context = channel.context
+        flags = self._queries.trust_flags(channel, request)
+        record = Record(0, flags, context.cid, peer_cid=context.reported_cid)
         self._reply(channel, request, record.encode())
         return False
 
