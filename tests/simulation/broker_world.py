@@ -236,16 +236,20 @@ class BrokerWorld(World):
         self._start()
 
     def do_replace(self, chance: Random) -> None:
-        """A new vsockd takes over all that the old one has."""
-        before = self._describe()
+        """A new vsockd takes over all that the old one has, which serves until the last moment."""
         old = self.broker
         writer = Writer(self.fabric)
+        early = marshal.dumps(old.streams.save_early(writer))
+        for _ in range(chance.randrange(4)):
+            self.do_turn(chance)
+        before = self._describe()
+        writer.find_parties(self.fabric)
         state = marshal.dumps(succession.save_broker(writer, old))
         descriptors = [os.dup(fd) for fd in writer.descriptors]
         self.loop.forget()
         self.fabric = Fabric(OWNER)
         self.broker = Broker(cast(Any, self.loop), self.fabric, cast(Any, SimulatedAudit()))
-        reader = Reader(self.fabric, descriptors)
+        reader = Reader(self.fabric, descriptors, marshal.loads(early))
         succession.restore_broker(reader, marshal.loads(state), cast(Any, self.loop), self.broker)
         self.broker.streams.resume()
         self.broker.streams.open()
