@@ -223,13 +223,15 @@ def test_streams_that_change_after_their_rows_were_sent() -> None:
         connect(listener)
         resized.size = 4096
         saved = streams.save(writer)
-        endpoints = [save_endpoint(writer, one) for one in writer.endpoints]
+        endpoints = {number: save_endpoint(writer, one) for one, number in writer.endpoints.items()}
         assert len(saved["connections"]) == 3
 
         other = Fabric(0)
         restore_fabric(other, save_fabric(fabric))
         reader = Reader(other, [os.dup(fd) for fd in writer.descriptors], early)
-        reader.endpoints += [restore_endpoint(reader, one) for one in endpoints]
+        reader.endpoints.update(
+            (number, restore_endpoint(reader, one)) for number, one in endpoints.items()
+        )
         restored = Streams(loop, other, DeferredWork(loop))
         restored.restore(reader, saved)
 

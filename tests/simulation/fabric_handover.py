@@ -28,7 +28,7 @@ def hand_over(old: Fabric, channels: list[SimulatedChannel]) -> Fabric:
     for channel in channels:
         writer.endpoint(channel.endpoint)
     connections = save_connections(writer, old.connections.values())
-    endpoints = [save_endpoint(writer, one) for one in writer.endpoints]
+    endpoints = {number: save_endpoint(writer, one) for one, number in writer.endpoints.items()}
     handles = [one.handle for one in writer.endpoints]
     pending = [
         (context.cid, party.uid, party.pending)
@@ -40,10 +40,11 @@ def hand_over(old: Fabric, channels: list[SimulatedChannel]) -> Fabric:
     new = Fabric(old.contexts.host.owner)
     restore_fabric(new, saved)
     reader = Reader(new, [])
-    reader.endpoints += [restore_endpoint(reader, one) for one in saved["endpoints"]]
-    for endpoint, handle in zip(reader.endpoints, handles, strict=True):
+    for number, one in saved["endpoints"].items():
+        reader.endpoints[number] = restore_endpoint(reader, one)
+    for endpoint, handle in zip(reader.endpoints.values(), handles, strict=True):
         endpoint.handle = handle
-    for channel, endpoint in zip(channels, reader.endpoints, strict=False):
+    for channel, endpoint in zip(channels, reader.endpoints.values(), strict=False):
         channel.endpoint = endpoint
     found = restore_connections(reader, saved["connections"])
     new.connections.update({one.number: one for one in found})

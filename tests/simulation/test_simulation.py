@@ -282,7 +282,7 @@ def last_descriptor_is_lost(patch: pytest.MonkeyPatch) -> None:
         self._channels.setdefault(channel.context, set()).add(channel)
         channel.party.channels += 1
         fd = channel.sock.fileno()
-        self._turns.watch(channel.party, fd, lambda hung_up: self._ready(channel, hung_up))
+        self._turns.watch(channel.party, fd, lambda hung_up: self.serve_kept(channel, hung_up))
 
     patch.setattr(Broker, "_keep", faulty)
 

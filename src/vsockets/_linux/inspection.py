@@ -113,3 +113,10 @@ def effective_capabilities(status: bytes) -> int:
 def status_field(status: bytes, name: bytes) -> bytes:
     """Return the value of the field ``name`` in ``status``, the text of ``/proc/PID/status``."""
     return status.partition(b"\n" + name + b":")[2].partition(b"\n")[0]
+
+
+def open_descriptors() -> set[int]:
+    """Return the numbers of this process's open descriptors."""
+    found = [int(name) for name in os.listdir("/proc/self/fd")]
+    # One that listing them has taken is closed now.
+    return {fd for fd in found if os.path.lexists(f"/proc/self/fd/{fd}")}

@@ -16,7 +16,6 @@ from socket import (
     SOCK_SEQPACKET,
     SOCK_STREAM,
     SOL_SOCKET,
-    socketpair,
 )
 from time import monotonic
 
@@ -27,13 +26,15 @@ from ..fabric import Connection, Context, Denied, Endpoint, EndpointKind, Fabric
 from ..limits import SEND_BUFFER_MAX_BYTES, STREAM_BUFFER_DEFAULT_BYTES
 from ..model.buffers import BufferSizes
 from ..model.constants import VMADDR_PORT_ANY
-from ..protocol import Op, ProtocolError, Record, Request, RequestFlag, Role
+from ..protocol import PADDING, Op, ProtocolError, Record, Request, RequestFlag, Role
 from .admin.audit import OPERATIONS, Audit
-from .channel import SHORTAGE, Channel, Listener, consume, send_descriptor, take_socket
+from .channel import READ, SHORTAGE, Channel, Listener, consume, take_socket
 from .credentials import peer_credentials
 from .datagrams import Datagrams
 from .device_link import HandoffLink, capture
 from .handover import Reader, Saved, Writer
+from .in_flight import InFlight, Step
+from .journal import Journal
 from .limit_checks import (
     LimitChecks,
     max_silent_descriptors,
@@ -41,7 +42,6 @@ from .limit_checks import (
     require_unreserved,
 )
 from .limits import (
-    DAEMON_ANNOUNCE_RETRY_SECONDS,
     DAEMON_PROBES_PER_STEP,
     DAEMON_SILENT_CLIENT_SECONDS,
     DAEMON_SWEEP_FIRST_SECONDS,
@@ -51,6 +51,7 @@ from .limits import (
 from .listeners import (
     AnnouncedListener,
     NamedListener,
+    Unannounced,
     encode_accepting,
     encode_connecting,
     encode_endpoint,
@@ -67,7 +68,8 @@ log = logging.getLogger(__name__)
 
 # Module aliases of enum members: hot path.
 _STREAM, _SEQPACKET = EndpointKind.STREAM, EndpointKind.SEQPACKET
-_UNPRIVILEGED = int(RequestFlag.UNPRIVILEGED)
+_UNPRIVILEGED, _POLLING = int(RequestFlag.UNPRIVILEGED), int(RequestFlag.POLLING)
+_ANNOUNCE = Step.ANNOUNCE
 # What a named tuple's __new__, which is a function in Python, calls.
 _new = tuple.__new__
 #: Owners of named sockets to probe at once for a party that is at its limit.
@@ -80,7 +82,9 @@ class Broker:
     An operation returns whether vsockd keeps the channel open.
     """
 
-    def __init__(self, loop: EventLoop, fabric: Fabric, audit: Audit) -> None:
+    def __init__(
+        self, loop: EventLoop, fabric: Fabric, audit: Audit, in_flight: InFlight | None = None
+    ) -> None:
         self.fabric = fabric
         self.deferred = DeferredWork(loop)
         self._turns = RequestTurns(loop)
@@ -98,12 +102,12 @@ class Broker:
             probe_of(int(type_))
         #: channels without a request yet, and the time each is closed, in order of that time
         self._silent: dict[Channel, float] = {}
-        #: listeners with connections that could not be announced yet
-        self._unannounced: dict[Listener, None] = {}
-        self._cannot_send = False  # True if the last descriptor could not be sent to any process
+        self._unannounced = Unannounced(loop, self._drop_listener, self.record_channel)
         #: channels without a request that use up the reserve, the oldest first
         self._silent_in_reserve: dict[Channel, None] = {}
         self._limit_checks = LimitChecks(self._release_some)
+        self.journal: Journal | None = None
+        self.in_flight = Channel.in_flight = in_flight
         self._operations: dict[int, Callable[[Channel, Request], bool]] = {
             Op.BIND: self._bind,
             Op.LISTEN: self._listen,
@@ -130,7 +134,7 @@ class Broker:
             "names": next(self._names),
         }
 
-    def restore(self, reader: Reader, saved: Saved, channels: list[Saved]) -> None:
+    def restore(self, reader: Reader, saved: Saved, channels: dict[int, Saved]) -> None:
         """Serve the channels that the previous vsockd has saved; ``channels`` has all of them."""
         self._names = count(saved["names"])
         for number in saved["kept"]:
@@ -144,12 +148,23 @@ class Broker:
         self._holders = {secret: reader.channels[number] for secret, number in saved["holders"]}
         if self._holders:
             self._sweep_later()
-        self._retry_announcements()
+        self._unannounced.retry_later()
 
     def _restore_listener(self, reader: Reader, channel: Channel, saved: Saved) -> None:
         listener = channel.listener = restore_listener(reader, channel, saved)
         if listener.has_held:
-            self._unannounced[listener] = None
+            self._unannounced.targets[listener] = None
+
+    def keep_journal(self, journal: Journal) -> None:
+        """Record in ``journal`` what changes from now on, before clients get replies."""
+        self.journal = journal
+        self.streams.keep_journal(journal)
+        self.datagrams.keep_journal(journal)
+
+    def find_kept(self, fd: int) -> Channel | None:
+        """Return the channel that is kept with this descriptor, if there is one."""
+        kept = (one for channels in self._channels.values() for one in channels)
+        return next((one for one in kept if one.sock.fileno() == fd), None)
 
     def refresh(self) -> None:
         """Release every socket that has been closed."""
@@ -159,7 +174,7 @@ class Broker:
 
     def recount_pending(self) -> None:
         """Recount accepted connections of all listeners: clients do not report accepts."""
-        for listener in self._listening():
+        for listener in self.listening():
             listener.recount_pending()
 
     # Channels
@@ -181,6 +196,7 @@ class Broker:
 
     def serve_first(self, channel: Channel) -> None:
         """Serve the first request on a new channel, or keep the channel until it arrives."""
+        data: bytes | None
         try:
             data = channel.read()
         except BlockingIOError:
@@ -191,13 +207,17 @@ class Broker:
                 data = channel.read()
             except BlockingIOError:
                 self._await_request(channel)
-                return
-        if data and self._serve(channel, data):
+                data = None
+        if data is None:
+            pass
+        elif data and self._serve(channel, data):
             self._keep(channel)
         elif channel.endpoint is None:
             channel.close()
         else:
             self._drop(channel)
+        if self.journal is not None:
+            self.journal.end_request()
 
     def resume(self, channel: Channel) -> None:
         """Continue with a channel whose connection a device refused; see :mod:`.device_link`."""
@@ -218,7 +238,8 @@ class Broker:
             context.device.streams.close()
         self.datagrams.close_context(context)
 
-    def _listening(self) -> Iterator[Listener]:
+    def listening(self) -> Iterator[Listener]:
+        """Yield every listening socket."""
         for channels in self._channels.values():
             for channel in channels:
                 if channel.listener is not None and channel.listener.is_listening:
@@ -257,20 +278,25 @@ class Broker:
     def _keep(self, channel: Channel) -> None:
         """Serve further requests on a channel; close it if no descriptor or memory is left."""
         self._channels.setdefault(channel.context, set()).add(channel)
+        self._note(channel)
         channel.party.channels += 1
         fd = channel.sock.fileno()
         try:
-            self._turns.watch(channel.party, fd, lambda hung_up: self._ready(channel, hung_up))
+            self._turns.watch(channel.party, fd, lambda hung_up: self.serve_kept(channel, hung_up))
         except OSError as error:
             self._log(logging.WARNING, channel, f"connection closed: {error.strerror}")
             self._drop(channel)
 
-    def _ready(self, channel: Channel, hung_up: bool) -> None:
+    def serve_kept(self, channel: Channel, hung_up: bool = False) -> None:
+        """Serve a request on a channel that is kept, or its end."""
         try:
             # A client that has closed its connection may have left very many requests unread.
             data = b"" if hung_up else channel.read()
         except BlockingIOError:
             return
+        journal = self.journal
+        if journal is not None:
+            journal.in_flight.begin(channel.sock.fileno())
         self._end_silence(channel)
         channel.requests += 1
         if channel.requests % DAEMON_UNREAD_REPLIES_MAX == 0 and leaves_replies_unread(channel):
@@ -278,6 +304,8 @@ class Broker:
             data = b""
         if not (data and self._serve(channel, data)):
             self._drop(channel)
+        if journal is not None:
+            journal.end_request()
 
     def _drop(self, channel: Channel) -> None:
         self._turns.unwatch(channel.party, channel.sock.fileno())
@@ -286,14 +314,18 @@ class Broker:
             kept.remove(channel)
             channel.party.channels -= 1
         self._end_silence(channel)
-        if channel.listener is not None:
-            channel.listener.close()
-            self._unannounced.pop(channel.listener, None)
-            self._holders.pop(channel.secret, None)
         if channel.endpoint is not None:
             self.fabric.unbind(channel.endpoint)
             channel.endpoint.handle = None  # the endpoint is kept for its streams
+        if (journal := self.journal) is not None:  # before descriptors are closed
+            journal.dropped(channel)
+        if channel.listener is not None:
+            channel.listener.close()
+            self._unannounced.targets.pop(channel.listener, None)
+            self._holders.pop(channel.secret, None)
         channel.close()
+        if journal is not None:
+            journal.closed()
 
     def _release_some(self, party: Party | None = None) -> None:
         """Release some of what ``party`` (or every party) has closed; defer the rest."""
@@ -341,6 +373,7 @@ class Broker:
         if channel.silent:
             channel.silent = False
             channel.party.pending -= 1
+            self._note(channel)
             self._silent_in_reserve.pop(channel, None)
             del self._silent[channel]
 
@@ -373,7 +406,7 @@ class Broker:
                 self._record(channel, request, refused)
             else:
                 self._log(logging.INFO, channel, refused)
-            channel.send(Record(refused.errno).encode())
+            channel.send(Record(refused.errno).encode(), self.in_flight)
             consume(channel, request.polling)
             return channel.may_retry()
         except ProtocolError as error:
@@ -381,7 +414,8 @@ class Broker:
             return False
         except OSError as error:  # the kernel refused what the fabric allowed
             self._log(logging.ERROR, channel, error)
-            channel.send(Record(error.errno or errno.EIO).encode())
+            channel.send(Record(error.errno or errno.EIO).encode(), self.in_flight)
+            consume(channel, False)
             return False
         except Exception as error:  # a bug in vsockd; closing prevents an endless retry
             self._log(logging.ERROR, channel, "request lost", error)
@@ -414,19 +448,27 @@ class Broker:
             destination,
         )
 
-    def _reply(self, channel: Channel, request: Request, record: bytes) -> None:
-        channel.send(record)
-        if request.flags or channel.kind is _SEQPACKET:
+    def _reply(
+        self, channel: Channel, request: Request, record: bytes, was_read: bool = False
+    ) -> None:
+        """Send a reply; then read the request, unless it ``was_read`` with its descriptor."""
+        if self.journal is not None:
+            self.journal.commit(("reply", channel.sock.fileno(), record, request.polling))
+            was_read = False
+        channel.send(record, self.in_flight)
+        stays = self.journal is not None or (channel.kind is _SEQPACKET and not was_read)
+        if stays or request.flags:
             consume(channel, request.polling)
 
     def _bind(self, channel: Channel, request: Request) -> bool:
         if channel.endpoint is not None:
             raise Refused(errno.EINVAL, "the socket is already bound")
-        self._require_free(channel.sock.fileno())
+        self._limit_checks.require_free(channel.sock.fileno())
         endpoint = self._claim(channel, channel.kind, request, request.cookie)
         endpoint.handle = channel
         endpoint.sizes = request.sizes()
         channel.endpoint = endpoint
+        self._note(channel)
         self._reply(channel, request, encode_endpoint(endpoint))
         return True
 
@@ -439,6 +481,7 @@ class Broker:
             # A refused CONNECT has taken the endpoint.
             if moved is not None and channel.endpoint is None:
                 channel.endpoint, moved.endpoint = moved.endpoint, None
+                self._note(moved)
             endpoint, listener = channel.endpoint, channel.listener
             if endpoint is None:
                 kind = _STREAM if sock.type == SOCK_STREAM else _SEQPACKET
@@ -446,12 +489,13 @@ class Broker:
                 endpoint.sizes = request.sizes()
             try:
                 name = f"{self.datagrams.epoch}.stream.{next(self._names)}"
-                named = NamedSocket(name, bind_to_name(sock, name))
+                named = NamedSocket(*bind_to_name(sock, name))
             except BaseException:
                 if channel.endpoint is None:
                     self.fabric.unbind(endpoint)
                 raise
             channel.endpoint = endpoint
+            before: NamedSocket | None = None
             if listener is None:
                 listener = channel.listener = NamedListener(channel, named, sock.type)
                 channel.secret = request.cookie
@@ -459,10 +503,13 @@ class Broker:
                 self._sweep_later()
             else:
                 assert isinstance(listener, NamedListener)
-                listener.replace(named, sock.type)
+                before = listener.replace(named, sock.type)
             endpoint.handle = listener
             self.fabric.replace_socket(endpoint, cookie_of(sock), os.fstat(sock.fileno()).st_ino)
-        channel.send(encode_endpoint(endpoint))
+            self._note(channel)
+            self._reply(channel, request, encode_endpoint(endpoint), was_read=True)
+            if before is not None:
+                before.close()
         return True
 
     def _listen(self, channel: Channel, request: Request) -> bool:
@@ -476,8 +523,10 @@ class Broker:
         self.fabric.listen(channel.endpoint, request.sizes())
         record = encode_endpoint(channel.endpoint)
         if silent:
+            self.record_channel(channel)
             consume(channel, request.polling)
         else:
+            self._note(channel)
             self._reply(channel, request, record)
         return True
 
@@ -485,8 +534,20 @@ class Broker:
         if channel.endpoint is None:
             raise ProtocolError("UPDATE of a socket that is not bound")
         channel.endpoint.sizes = request.sizes()
+        self.record_channel(channel)
         consume(channel, request.polling)
         return True
+
+    def _note(self, channel: Channel) -> None:
+        """Record a channel in the journal's next entry."""
+        if self.journal is not None:
+            self.journal.channel(channel)
+
+    def record_channel(self, channel: Channel) -> None:
+        """Record a channel in the journal at once."""
+        if self.journal is not None:
+            self.journal.channel(channel)
+            self.journal.commit()
 
     def _connect(self, channel: Channel, request: Request) -> bool:  # noqa: C901 - hot path
         # Spelled out: each look-up of a field by its name costs as much as all of this.
@@ -515,8 +576,8 @@ class Broker:
             raise Refused(errno.ECONNRESET, f"the backlog of {listener.address} is full")
         if isinstance(target, HandoffLink):
             target.require_settled(peer_port, context, bound)
-        if self._unannounced:
-            self._require_announceable(channel, target)
+        if self._unannounced.targets:
+            self._unannounced.require_announceable(channel, target)
         sizes = _new(BufferSizes, (size, minimum, maximum))
         connection = fabric.connect(context, listener, bound, sizes, asker.credentials, cookie)
         try:
@@ -532,7 +593,9 @@ class Broker:
         else:
             if bound is not None:
                 channel.endpoint = None
-            self._hand_over(channel, request, connection, target)
+            if self.journal is not None:
+                self.journal.connected(channel, connection, bound, target, request.flags)
+            self.complete(channel, request.flags, connection, target)
         if channel.is_device:
             self._queries.report_listener_size(connection)
         self.streams.reap_sometimes()
@@ -549,24 +612,31 @@ class Broker:
             raise ProtocolError("CONNECT of a socket that is listening or bound elsewhere")
         channel.endpoint, holder.endpoint = holder.endpoint, None
         holder.moved = channel
+        self._note(holder)
 
-    def _hand_over(
-        self, channel: Channel, request: Request, connection: Connection, target: Listener
+    def complete(
+        self, channel: Channel, flags: int, connection: Connection, target: Listener
     ) -> None:
-        """Complete a client's connect, and announce the connection to the listening program."""
-        sock = channel.sock
+        """Complete a client's connect, and announce the connection to the listening program.
+
+        ``flags`` are those of the request.  Steps that a vsockd that was killed has done are not
+        repeated.
+        """
+        sock, in_flight = channel.sock, self.in_flight
         if connection.size != STREAM_BUFFER_DEFAULT_BYTES:
             sock.setsockopt(SOL_SOCKET, SO_SNDBUF, min(connection.size, SEND_BUFFER_MAX_BYTES))
         if channel.kind is _SEQPACKET and not target.marks_records:
             refuse_descriptors(sock)  # a stream refuses descriptors from its creation on
         # The reply goes first: once the listening program has the descriptor, it may write.
-        channel.send(encode_connecting(connection))
-        if request.flags or channel.kind is _SEQPACKET:
-            consume(channel, request.polling)
+        channel.send(encode_connecting(connection), in_flight)
+        if flags or channel.kind is _SEQPACKET or in_flight is not None:
+            consume(channel, flags & _POLLING != 0)
         channel.receive_credentials(False)
+        if in_flight is not None and in_flight.is_done(_ANNOUNCE):
+            return
         record = encode_accepting(connection)
         try:
-            target.announce(record, sock.fileno(), channel.party)
+            target.announce(record, sock.fileno(), channel.party, in_flight)
         except OSError as error:
             waits = error.errno in SHORTAGE
             what = "is waiting to be announced" if waits else "is lost"
@@ -574,11 +644,8 @@ class Broker:
             self._log(logging.WARNING, channel, reason)
             if waits:
                 target.hold(record, sock.fileno(), channel.party)
-                if not self._unannounced:
-                    self._loop.call_later(DAEMON_ANNOUNCE_RETRY_SECONDS, self._announce_later)
-                self._unannounced[target] = None
-                # EAGAIN concerns this listener only
-                self._cannot_send |= error.errno != errno.EAGAIN
+                self.record_channel(target.channel)
+                self._unannounced.add(target, error)
             else:
                 self.fabric.end(connection.number)
                 self._drop_listener(target)
@@ -598,9 +665,19 @@ class Broker:
     ) -> None:
         """Hand a connection off to a device, which accepts or refuses it."""
         record = encode_offer(connection, channel.connect_flags, request.polling)
+        target.expect(record, channel)
+        if self.journal is not None:
+            self.journal.pending(channel, connection, target, record)
+            if channel.kind is _STREAM:
+                consume(channel, False)  # the device reads the padding, and packets, itself
         try:
-            target.hand_over(record, channel)
+            target.hand_over(record, channel.sock, self.in_flight)
         except OSError as error:
+            target.forget(record)
+            if self.journal is not None:
+                self.journal.link(target)
+                if request.polling and channel.has_requests:
+                    channel.sock.recv(len(PADDING), READ)
             self._abandon(channel, connection)
             code = errno.ENOBUFS if error.errno in SHORTAGE else errno.ECONNRESET
             raise Refused(code, f"the device cannot be asked: {error.strerror}") from None
@@ -611,49 +688,18 @@ class Broker:
         if channel.endpoint is not None:
             self.fabric.rebind(channel.endpoint)
 
-    def _announce_later(self) -> None:
-        """Announce connections that could not be announced when they were made."""
-        for target in list(self._unannounced):
-            try:
-                if target.announce_held():
-                    self._unannounced.pop(target, None)
-            except OSError:
-                self._drop_listener(target)
-        self._retry_announcements()
-
-    def _retry_announcements(self) -> None:
-        if self._unannounced:
-            self._loop.call_later(DAEMON_ANNOUNCE_RETRY_SECONDS, self._announce_later)
-
-    def _require_announceable(self, channel: Channel, target: object) -> None:
-        """Raise Refused for a connection that could not be announced, while others wait to be.
-
-        The client then gets an errno at once, instead of an established stream that waits.
-        """
-        if self._cannot_send:
-            ours, theirs = socketpair(AF_UNIX, SOCK_SEQPACKET)
-            with ours, theirs:
-                try:
-                    send_descriptor(ours, b"\0", channel.sock.fileno())
-                except OSError as error:
-                    reason = f"cannot send a descriptor: {error.strerror}"
-                    raise Refused(errno.ENOBUFS, reason) from None
-            self._cannot_send = False
-        if target in self._unannounced:
-            raise Refused(errno.ENOBUFS, "connections to this listener wait to be announced")
-
     def _bind_datagram(self, channel: Channel, request: Request) -> bool:
         with take_socket(channel, SOCK_DGRAM) as sock:
-            self._require_free(sock.fileno())
+            self._limit_checks.require_free(sock.fileno())
             if self.datagrams.find_socket(channel.context, sock) is not None:
                 raise Refused(errno.EINVAL, "the datagram socket is already bound")
             endpoint = self._adopt(channel, request, sock)
-        channel.send(encode_endpoint(endpoint))
+            self._reply(channel, request, encode_endpoint(endpoint), was_read=True)
         return False
 
     def _route(self, channel: Channel, request: Request) -> bool:
         with take_socket(channel, SOCK_DGRAM) as sock:
-            self._require_free(sock.fileno())
+            self._limit_checks.require_free(sock.fileno())
             source = channel.sender = self.datagrams.find_socket(channel.context, sock)
             asker = channel.asker
             wanted = (channel.context, request.peer_cid, request.peer_port, asker)
@@ -667,11 +713,16 @@ class Broker:
         record = Record(
             0, 0, *source.address, *destination.address, Role.DATAGRAM, *destination.owner
         )
+        fd = route.sock.fileno()
+        if self.journal is not None:
+            self.journal.commit(("route", channel.sock.fileno(), record.encode(), fd))
         try:
-            channel.send_descriptor(record.encode(), route.sock.fileno())
+            channel.send_descriptor(record.encode(), fd)
         except Refused:
             route.revoke()
             raise
+        if self.in_flight is not None:
+            consume(channel, False)
         return False
 
     def _catch_all(self, channel: Channel, request: Request) -> bool:
@@ -682,13 +733,13 @@ class Broker:
         with take_socket(channel, SOCK_DGRAM) as sock:
             datagrams = self.datagrams.catch_all(channel.context, sock)
             device.streams.set_datagrams(datagrams)
-        channel.send(Record(0).encode())
+            self._reply(channel, request, Record(0).encode(), was_read=True)
         return False
 
     def _capture(self, channel: Channel, request: Request) -> bool:
         with closing(capture(self.fabric, channel, request)) as records:
-            consume(channel, request.polling)
             channel.send_descriptor(Record(0).encode(), records.fileno())
+            consume(channel, request.polling)
         return False
 
     def _query(self, channel: Channel, request: Request) -> bool:
@@ -751,11 +802,3 @@ class Broker:
             self.fabric.unbind(endpoint)
             raise
         return endpoint
-
-    def _require_free(self, fd: int) -> None:
-        """Raise Refused when few descriptors are left, and release some that are not needed."""
-        try:
-            require_unreserved(fd)
-        except Refused:
-            self._release_some()
-            raise

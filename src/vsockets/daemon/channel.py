@@ -8,7 +8,7 @@ import os
 import select
 import struct
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from resource import RUSAGE_THREAD, getrusage
@@ -27,6 +27,7 @@ from socket import (
     SOL_SOCKET,
 )
 from time import monotonic
+from typing import ClassVar
 
 from .._linux.descriptor_passing import dispose
 from .._linux.sockets import HAS_PASSRIGHTS, descriptor_in
@@ -34,6 +35,7 @@ from ..fabric import Context, Credentials, Endpoint, EndpointKind, Party, Refuse
 from ..protocol import PADDING, REQUEST_SIZE, ProtocolError
 from .credentials import UCRED, Author, Deputy, Peer
 from .handover import Reader, Saved, Writer
+from .in_flight import InFlight, Step
 from .limit_checks import may_keep_descriptor
 from .limits import DAEMON_NOTICED_CALL_SECONDS, DAEMON_UNWANTED_DESCRIPTORS_MAX
 from .stream_liveness import Group
@@ -57,6 +59,7 @@ SHORTAGE = (errno.ETOOMANYREFS, errno.ENOMEM, errno.ENOBUFS, errno.EAGAIN)
 
 _SOCKET, _RIGHTS = int(SOL_SOCKET), int(SCM_RIGHTS)
 _PASSCRED = int(SO_PASSCRED)
+_REPLY = Step.REPLY
 
 
 class Channel(Peer):
@@ -77,6 +80,11 @@ class Channel(Peer):
     #: for a named socket: the channel that a CONNECT has moved its endpoint to
     moved: Channel | None = None
     watch: Group | None = None  # the group its socket was registered in when it was handed off
+    #: set for all channels of a vsockd with a journal; a request then stays in the socket until
+    #: it is served
+    in_flight: ClassVar[InFlight | None] = None
+    #: whether its requests are in its socket, where they can stay
+    has_requests: ClassVar[bool] = True
 
     def __init__(
         self, sock: _socket.socket, context: Context, kind: EndpointKind, credentials: Credentials
@@ -95,7 +103,7 @@ class Channel(Peer):
         # The kernel drops descriptors in the message, since there is no space for them.
         # A message of a packet socket is peeked at: reading a part of it would discard the rest,
         # and with it the padding that blocks a polling sender.
-        how = PEEK if self.kind is _SEQPACKET else READ
+        how = PEEK if self.kind is _SEQPACKET or self.in_flight is not None else READ
         try:
             data, came, _, _ = self.sock.recvmsg(REQUEST_SIZE, _AUTHOR, how)
         except ConnectionError:
@@ -160,13 +168,13 @@ class Channel(Peer):
         )
         channel.endpoint = reader.endpoint(saved["endpoint"])
         channel.secret = saved["secret"]
-        channel.watch = None if saved["watch"] is None else reader.groups[saved["watch"]]
+        channel.watch = reader.groups.get(saved["watch"])  # None: unset, or it is closed
         return channel
 
     def restore_references(self, reader: Reader, saved: Saved) -> None:
         """Set the other channel and the link that the channel refers to."""
         if saved["moved"] is not None:
-            self.moved = reader.channels[saved["moved"]]
+            self.moved = reader.channels.get(saved["moved"])  # None: it is closed
         if saved["last_device"] is not None:
             self.last_device = reader.link(saved["last_device"])
 
@@ -183,10 +191,16 @@ class Channel(Peer):
         poll.register(self.sock.fileno(), 0)
         return bool(poll.poll(0))
 
-    def send(self, record: bytes) -> None:
-        """Send a reply, which is lost if the client does not read its replies."""
+    def send(self, record: bytes, in_flight: InFlight | None = None) -> None:
+        """Send a reply, which is lost if the client does not read its replies.
+
+        With ``in_flight``, it is the reply to the request being served, and is sent once.
+        """
         try:
-            self.sock.send(record, _SEND)
+            if in_flight is None:
+                self.sock.send(record, _SEND)
+            else:
+                in_flight.send(_REPLY, self.sock, record)
         except OSError as error:
             if error.errno not in (errno.EAGAIN, errno.EPIPE, errno.ECONNRESET):
                 raise
@@ -197,7 +211,10 @@ class Channel(Peer):
         Raises Refused with ENOBUFS when the descriptor cannot be sent now.
         """
         try:
-            send_descriptor(self.sock, record, fd)
+            if self.in_flight is None:
+                send_descriptor(self.sock, record, fd)
+            else:
+                self.in_flight.send(_REPLY, self.sock, record, fd)
         except OSError as error:
             if error.errno in (errno.ETOOMANYREFS, errno.ENOMEM, errno.ENOBUFS):
                 raise Refused(errno.ENOBUFS, f"cannot send the reply: {error.strerror}") from None
@@ -225,7 +242,7 @@ class Listener:
         return {
             "class": type(self).__name__,
             "capacity": self._capacity,
-            "pending": [writer.party(party) for party in self._pending],
+            "pending": [] if writer.lasting else [writer.party(one) for one in self._pending],
             "held": [
                 (record, writer.descriptor(fd), writer.party(party))
                 for record, fd, party in self._held
@@ -240,6 +257,20 @@ class Listener:
         for record, fd, party in saved["held"]:
             self._held.append((record, reader.descriptors[fd], reader.party(party)))
             reader.party(party).pending += 1
+
+    @property
+    def next_token(self) -> int:
+        """The descriptor of a socket for the next connection, or -1 if it needs none."""
+        return -1
+
+    def set_token(self, fd: int) -> None:
+        """Set :attr:`next_token`, of a vsockd that was killed."""
+
+    def recover_pending(self, parties: Iterable[Party]) -> None:
+        """Count the pending connections of a vsockd that was killed.
+
+        ``parties`` are those of the last connections, the oldest first.
+        """
 
     @property
     def has_held(self) -> bool:
@@ -275,8 +306,12 @@ class Listener:
         """Update the count of pending connections; a program accepts them in their order."""
         raise NotImplementedError
 
-    def announce(self, record: bytes, fd: int, party: Party) -> None:
+    def announce(
+        self, record: bytes, fd: int, party: Party, in_flight: InFlight | None = None
+    ) -> None:
         """Send the program the record and the descriptor of a new connection, opened by ``party``.
+
+        With ``in_flight``, it is that of the request being served, and is sent once.
 
         Raises OSError when it cannot be sent.
         """
@@ -287,7 +322,7 @@ class Listener:
         self._held.append((record, os.dup(fd), party))
         party.pending += 1
 
-    def announce_held(self) -> bool:
+    def announce_held(self, record_channel: Callable[[Channel], None]) -> bool:
         """Announce the connections that :meth:`hold` keeps; return whether all were announced.
 
         Raises OSError when the program cannot receive any announcement any longer.
@@ -304,6 +339,7 @@ class Listener:
                 raise
             party.pending -= 1  # `hold` and `announce` have both counted it
             self._held.popleft()
+            record_channel(self.channel)
             os.close(fd)
         return True
 
@@ -345,11 +381,19 @@ def send_descriptor(sock: _socket.socket, record: bytes, fd: int) -> None:
 
 def consume(channel: Channel, polling: bool) -> None:
     """Remove a parsed request's bytes from the socket; the client then polls as writable again."""
+    in_flight = channel.in_flight
     try:
         if channel.kind is _SEQPACKET:  # the request was peeked at: this reads all of it
             begin = _now()
-            channel.sock.recv(1, READ)  # closes descriptors that came with it
+            if in_flight is None:
+                channel.sock.recv(1, READ)  # closes descriptors that came with it
+            else:
+                in_flight.consume(channel.sock, 1)
             _note_duration(channel.party, begin)
+        elif in_flight is not None:
+            if channel.has_requests:
+                size = REQUEST_SIZE + len(PADDING) if polling else REQUEST_SIZE
+                in_flight.consume(channel.sock, size)
         elif polling:  # request and padding were one write, so the padding has arrived
             channel.sock.recv(len(PADDING), READ)
     except (BlockingIOError, ConnectionError):
@@ -397,12 +441,13 @@ def has_too_many_unwanted(party: Party) -> bool:
     return party.unwanted >= DAEMON_UNWANTED_DESCRIPTORS_MAX
 
 
-def receive_with_descriptor(sock: _socket.socket) -> int | None:
+def receive_with_descriptor(sock: _socket.socket, flags: int = 0) -> int | None:
     """Read a message from a packet socket; return the descriptor that came with it, if any.
 
     The ancillary space fits one descriptor: the kernel drops any others.
     """
-    _, ancillary, _, _ = sock.recvmsg(1, _AUTHOR_AND_FD, MSG_DONTWAIT | MSG_CMSG_CLOEXEC)
+    flags |= MSG_DONTWAIT | MSG_CMSG_CLOEXEC
+    _, ancillary, _, _ = sock.recvmsg(1, _AUTHOR_AND_FD, flags)
     return descriptor_in(ancillary)
 
 
@@ -410,7 +455,8 @@ def receive_with_descriptor(sock: _socket.socket) -> int | None:
 def take_socket(channel: Channel, *types: int) -> Iterator[_socket.socket]:
     """Read a request with a unix socket of one of ``types`` from the channel.
 
-    Yields the socket, and closes it at the end of the with block.
+    In a vsockd with a journal, the request stays in the channel until it is served.  Yields the
+    socket, and closes it at the end of the with block.
     """
     sock = _take_socket(channel, types)
     try:
@@ -426,7 +472,7 @@ def _take_socket(channel: Channel, types: tuple[int, ...]) -> _socket.socket:
     if has_too_many_unwanted(channel.party):
         raise Refused(errno.ENOBUFS, f"{channel.party.name} sends invalid descriptors")
     begin = _now()
-    fd = receive_with_descriptor(channel.sock)
+    fd = receive_with_descriptor(channel.sock, 0 if channel.in_flight is None else MSG_PEEK)
     _note_duration(channel.party, begin)
     if fd is None:
         raise ProtocolError("missing descriptor")

@@ -190,7 +190,11 @@ class ContextListeners:
     ) -> None:
         admit = partial(broker.admit, context, kind)
         who = f"a program of context {context.cid}"
-        self._acceptors.append(Acceptor(loop, listener, who, admit))
+        acceptor = Acceptor(loop, listener, who, admit)
+        if broker.in_flight is not None:
+            number = 0 if kind is EndpointKind.STREAM else 1
+            acceptor.accept = broker.in_flight.accepting(context.cid, number, acceptor.accept)
+        self._acceptors.append(acceptor)
 
     def _create(self, loop: EventLoop, broker: Broker, context: Context) -> None:
         folder, trash = self._folder, self._trash
@@ -285,10 +289,8 @@ class ContextManager:
 
     def save(self, writer: Writer) -> list[Saved]:
         """Return the sockets of all contexts for the next vsockd."""
-        return [
-            {"cid": context.cid, "listeners": [listener.save(writer) for listener in listeners]}
-            for context, listeners in self._listeners.items()
-        ]
+        saved = (self._save_listeners(context, writer) for context in self._listeners)
+        return [one for one in saved if one is not None]
 
     def restore(self, reader: Reader, saved: list[Saved]) -> None:
         """Accept connections on the sockets that the previous vsockd has saved."""
@@ -341,6 +343,7 @@ class ContextManager:
                 raise Refused(errno.EEXIST, f"context {wanted.cid} exists, without reserved ports")
         context = contexts.add(wanted.cid, wanted.name, owner, leased)
         if len(contexts) == known:  # one more lease
+            self._record(context)
             return context
         context.isolation = wanted.isolation
         if not profile_given:
@@ -388,7 +391,10 @@ class ContextManager:
     def end_lease(self, context: Context) -> None:
         """End one lease on ``context``; after the last one, power it off and remove it."""
         context.leases -= 1
-        if context.leases or self._fabric.contexts.get(context.cid) is not context:
+        if self._fabric.contexts.get(context.cid) is not context:
+            return
+        if context.leases:
+            self._record(context)
             return
         if context.state is not State.OFF:
             self.change(context, Change.POWER_OFF)
@@ -408,6 +414,7 @@ class ContextManager:
         for context in self._fabric.contexts if others else ():
             if context.cid not in configured:
                 context.set_limits(settings.limits if context.is_guest else settings.host_limits)
+                self._record(context)
         by_name = {context.name: context for context in self._fabric.contexts}
         for wanted in settings.contexts:
             found = (
@@ -425,6 +432,7 @@ class ContextManager:
         context.isolation = isolation
         context.set_limits(limits)
         self._isolated.record(self._fabric.contexts)
+        self._record(context)
         _refresh(context)
 
     # Life cycle
@@ -484,8 +492,14 @@ class ContextManager:
             raise
 
     def _close_listeners(self, context: Context) -> None:
-        for listener in self._listeners.pop(context, ()):
+        listeners = self._listeners.pop(context, ())
+        if self._broker.journal is not None:  # before descriptors are closed
+            self._broker.journal.row("listeners", context.cid, None)
+            self._broker.journal.commit()
+        for listener in listeners:
             listener.close()
+        # vsockd may have been killed after it had recorded that they are closed.
+        remove_folder(self._held / str(context.cid), self._trash)
 
     def _finish_removal(self, context: Context) -> None:
         for other in self._fabric.contexts:
@@ -501,7 +515,21 @@ class ContextManager:
         """Publish that a context's guest has reported that it has started.  Raises Refused."""
         self._publish(self._fabric.contexts.require(cid), "ready")
 
+    def _record(self, context: Context) -> None:
+        """Record a context and its control sockets in the journal."""
+        journal = self._broker.journal
+        if journal is not None:
+            present = self._fabric.contexts.get(context.cid) is context
+            journal.context(context, present, self._save_listeners(context, journal.writer))
+
+    def _save_listeners(self, context: Context, writer: Writer) -> Saved | None:
+        listeners = self._listeners.get(context)
+        if listeners is None:
+            return None
+        return {"cid": context.cid, "listeners": [one.save(writer) for one in listeners]}
+
     def _publish(self, context: Context, change: str, **facts: Any) -> None:
+        self._record(context)
         self._events.publish(
             Topic.CONTEXT,
             cid=context.cid,

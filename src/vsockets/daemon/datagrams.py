@@ -22,12 +22,12 @@ import errno
 import os
 import secrets
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from itertools import count, islice
 from pathlib import Path
 from socket import AF_UNIX, SHUT_RD, SHUT_RDWR, SOCK_DGRAM
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from .._linux.inspection import unread_bytes
 from .._linux.sockets import cookie_of, refuse_descriptors
@@ -37,6 +37,7 @@ from ..limits import DATAGRAM_ROUTES_MAX
 from ..protocol import encode_source
 from .datagram_epochs import end_sockets, is_other_epoch, socket_name
 from .handover import Reader, Saved, Writer
+from .journal import Journal
 from .limits import (
     DAEMON_PROBES_PER_BIND,
     DAEMON_PROBES_PER_STEP,
@@ -78,6 +79,7 @@ class DatagramSocket(NamedSocket):
         """Revoke every route from this socket, and close the path to it."""
         for route in list(self.routes.values()):
             route.revoke()
+        self.quota.before_close(self)
         NamedSocket.close(self)
 
 
@@ -118,8 +120,18 @@ class DatagramQuota:
     their sum with the party, so the cost of a new route does not depend on the number of routes.
     """
 
-    def __init__(self, party: Party, limited: bool) -> None:
-        """Start without routes; limit unread bytes if ``limited`` is True (for a guest)."""
+    def __init__(
+        self,
+        party: Party,
+        limited: bool,
+        before_close: Callable[[DatagramSocket | Route], None],
+    ) -> None:
+        """Start without routes; limit unread bytes if ``limited`` is True (for a guest).
+
+        ``before_close`` is called with each route, and each socket, before its descriptor is
+        closed.
+        """
+        self.before_close = before_close
         self._party = party
         self._limited = limited
         self._routes: dict[Route, None] = {}  # the oldest first
@@ -259,6 +271,7 @@ class DatagramQuota:
         self._draining.discard(route)
         self._unread.pop(route, None)
         self._party.routes -= 1
+        self.before_close(route)
         route.sock.close()
 
 
@@ -267,6 +280,7 @@ class _Share:
     """The datagram sockets and routes of one party."""
 
     context: Context
+    party: Party
     quota: DatagramQuota
     #: the party's sockets, the one probed longest ago first
     sockets: dict[Endpoint, None] = field(default_factory=dict)
@@ -301,6 +315,7 @@ class Datagrams:
         self._by_cookie: dict[int, Endpoint] = {}
         self._sweep_delay: float | None = None  # None: no timer is set
         self._names = count(1)
+        self._journal: Journal | None = None
 
     def __len__(self) -> int:
         return len(self._by_cookie)
@@ -308,65 +323,84 @@ class Datagrams:
     def save(self, writer: Writer) -> Saved:
         """Return all sockets and routes for the next vsockd, once the links are saved."""
         contexts = {id(routes): context.cid for context, routes in self._inbound.items()}
-        shares = []
-        for party, share in self._shares.items():
-            routes = [
-                (
-                    writer.descriptor(route.sock.fileno()),
-                    writer.receiver(route.sender),
-                    route.destination,
-                    contexts[id(route.inbound)],
-                )
-                for route in share.quota.routes
-            ]
-            shares.append(
-                {
-                    "context": share.context.cid,
-                    "party": writer.party(party),
-                    "sockets": [
-                        (writer.endpoint(one), writer.receiver(_socket_of(one)))
-                        for one in share.sockets
-                    ],
-                    "routes": routes,
-                    "draining": [
-                        writer.descriptor(route.sock.fileno()) for route in share.quota.draining
-                    ],
-                }
-            )
-        owners = {share.quota: number for number, share in enumerate(self._shares.values())}
-        receivers = [
-            (one.name, writer.descriptor(one.node), owners[one.quota]) for one in writer.receivers
-        ]
-        names = next(self._names)
-        return {"epoch": self.epoch, "names": names, "shares": shares, "receivers": receivers}
+        sockets: dict[int | None, int] = {}
+        routes: dict[int, Any] = {}
+        draining: dict[int, Any] = {}
+        shares = {share.quota: share for share in self._shares.values()}
+        for share in shares.values():
+            for endpoint in share.sockets:
+                sockets[writer.endpoint(endpoint)] = writer.receiver(_socket_of(endpoint))
+            for route in share.quota.routes:
+                number = writer.descriptor(route.sock.fileno())
+                routes[number] = self._save_route(writer, route, contexts[id(route.inbound)])
+            for route in share.quota.draining:
+                number = writer.descriptor(route.sock.fileno())
+                draining[number] = _save_share(writer, share)
+        receivers = {
+            number: _save_receiver(writer, receiver, shares[receiver.quota])
+            for receiver, number in writer.receivers.items()
+        }
+        return {
+            "epoch": self.epoch,
+            "names": next(self._names),
+            "receivers": receivers,
+            "sockets": sockets,
+            "routes": routes,
+            "draining": draining,
+        }
+
+    @staticmethod
+    def _save_route(writer: Writer, route: Route, cid: int) -> tuple[int, tuple[int, int], int]:
+        return writer.receiver(route.sender), route.destination, cid
 
     def restore(self, reader: Reader, saved: Saved) -> None:
         """Add the sockets and routes that the previous vsockd has saved."""
         self.epoch, self._names = saved["epoch"], count(saved["names"])
-        shares = [
-            self._share(reader.party(one["party"]), reader.context(one["context"]))
-            for one in saved["shares"]
-        ]
-        for name, node, owner in saved["receivers"]:
-            receiver = DatagramSocket(name, reader.descriptors[node], shares[owner].quota)
-            reader.receivers.append(receiver)
-        for share, one in zip(shares, saved["shares"], strict=True):
-            for number, at in one["sockets"]:
-                endpoint = reader.endpoints[number]
-                endpoint.handle = reader.receivers[at]
-                self._by_cookie[endpoint.cookie] = endpoint
-                share.sockets[endpoint] = None
-            for fd in one["draining"]:
-                share.quota.drain(reader.socket(fd, SOCK_DGRAM))
-        for one in saved["shares"]:
-            for fd, sender, destination, cid in one["routes"]:
-                inbound = self._inbound.setdefault(reader.context(cid), {})
-                sock = reader.socket(fd, SOCK_DGRAM)
-                Route(sock, reader.receivers[sender], destination, inbound)
+        for number, (name, node, cid, party) in saved["receivers"].items():
+            share = self._share(reader.party(party), reader.context(cid))
+            receiver = DatagramSocket(name, reader.descriptors[node], share.quota)
+            reader.receivers[number] = receiver
+        for number, at in saved["sockets"].items():
+            endpoint = reader.endpoints[number]
+            assert endpoint.party is not None
+            endpoint.handle = reader.receivers[at]
+            self._by_cookie[endpoint.cookie] = endpoint
+            self._share(endpoint.party, endpoint.context).sockets[endpoint] = None
+        for number, (cid, party) in saved["draining"].items():
+            share = self._share(reader.party(party), reader.context(cid))
+            share.quota.drain(reader.socket(number, SOCK_DGRAM))
+        for number, (sender, destination, cid) in saved["routes"].items():
+            inbound = self._inbound.setdefault(reader.context(cid), {})
+            sock = reader.socket(number, SOCK_DGRAM)
+            Route(sock, reader.receivers[sender], destination, inbound)
         for party in list(self._shares):
             self._watch_quota(party)
         if self._shares:
             self._sweep_later()
+
+    def keep_journal(self, journal: Journal) -> None:
+        """Record in ``journal`` what changes from now on."""
+        self._journal = journal
+
+    def _before_close(self, closed: DatagramSocket | Route) -> None:
+        """Record that the descriptor of a socket or route is closed, and may be reused."""
+        journal = self._journal
+        if journal is None:
+            return
+        if isinstance(closed, Route):
+            for table in ("routes", "draining"):
+                journal.row(table, closed.sock.fileno(), None)
+        else:
+            number = journal.writer.receivers.pop(closed, None)
+            if number is not None:
+                journal.row("receivers", number, None)
+        journal.commit()
+
+    def _record_receiver(self, receiver: DatagramSocket, share: _Share) -> None:
+        if self._journal is not None:
+            writer = self._journal.writer
+            row = _save_receiver(writer, receiver, share)
+            self._journal.row("receivers", writer.receiver(receiver), row)
 
     def adopt(self, endpoint: Endpoint, sock: _socket.socket) -> None:
         """Make ``sock`` the socket of ``endpoint``.
@@ -383,11 +417,19 @@ class Datagrams:
         self._by_cookie[endpoint.cookie] = endpoint
         share.sockets[endpoint] = None
         self._sweep_later()
+        if self._journal is not None:
+            writer = self._journal.writer
+            self._record_receiver(endpoint.handle, share)
+            self._journal.endpoint(endpoint)
+            at = writer.receiver(endpoint.handle)
+            self._journal.row("sockets", writer.number_of(endpoint), at)
 
     def catch_all(self, context: Context, sock: _socket.socket) -> DatagramSocket:
         """Return ``sock`` as the receiver of datagrams to all unbound ports of ``context``."""
         share = self._share(context.party_of(context.owner), context)
-        return self._name(sock, f"{context.cid}.all", share.quota)
+        receiver = self._name(sock, f"{context.cid}.all", share.quota)
+        self._record_receiver(receiver, share)
+        return receiver
 
     def find(self, context: Context, cookie: int) -> Endpoint | None:
         """Return the endpoint whose socket has this SO_COOKIE, if ``context`` has one."""
@@ -440,6 +482,9 @@ class Datagrams:
         inbound = self._inbound.setdefault(destination.context, {})
         route = Route(sock, sender, destination.address, inbound)
         self._watch_quota(source.party)
+        if self._journal is not None:
+            row = self._save_route(self._journal.writer, route, destination.context.cid)
+            self._journal.row("routes", sock.fileno(), row)
         return route
 
     def revoke_routes(self, context: Context) -> None:
@@ -524,8 +569,11 @@ class Datagrams:
         share = self._shares.get(endpoint.party)
         if share is not None:
             del share.sockets[endpoint]
-        _socket_of(endpoint).close()
         self._fabric.unbind(endpoint)
+        if self._journal is not None:
+            self._journal.endpoint(endpoint)
+            self._journal.row("sockets", self._journal.writer.number_of(endpoint), None)
+        _socket_of(endpoint).close()
 
     def sweep(self) -> None:
         """Release every socket that has been closed."""
@@ -554,7 +602,9 @@ class Datagrams:
     def _share(self, party: Party, context: Context) -> _Share:
         found = self._shares.get(party)
         if found is None:
-            found = self._shares[party] = _Share(context, DatagramQuota(party, context.is_guest))
+            found = self._shares[party] = _Share(
+                context, party, DatagramQuota(party, context.is_guest, self._before_close)
+            )
         return found
 
     def _shares_of(self, context: Context) -> Iterator[_Share]:
@@ -566,7 +616,7 @@ class Datagrams:
     def _name(self, sock: _socket.socket, address: str, quota: DatagramQuota) -> DatagramSocket:
         refuse_descriptors(sock)
         name = socket_name(self.epoch, address, next(self._names))
-        return DatagramSocket(name, bind_to_name(sock, name), quota)
+        return DatagramSocket(*bind_to_name(sock, name), quota)
 
     # Timers
 
@@ -609,6 +659,15 @@ class Datagrams:
         if share.quota.exceeds:
             share.context.counts.denials[Rule.DATAGRAM_BYTES] += 1
             yield from share.quota.revoke_unread()
+
+
+def _save_share(writer: Writer, share: _Share) -> tuple[int, tuple[int, int] | None]:
+    return share.context.cid, writer.party(share.party)
+
+
+def _save_receiver(writer: Writer, receiver: DatagramSocket, share: _Share) -> tuple[Any, ...]:
+    node = writer.descriptor(receiver.node)
+    return (receiver.name, node, *_save_share(writer, share))
 
 
 def _socket_of(endpoint: Endpoint) -> DatagramSocket:

@@ -76,6 +76,8 @@ from ..protocol import REQUEST_SIZE, Op, ProtocolError, Record, Request, Role
 from .channel import PEEK, READ, Channel, close_unwanted, has_too_many_unwanted, send_descriptor
 from .datagrams import DatagramSocket
 from .handover import Reader, Saved, Writer
+from .in_flight import InFlight, Step
+from .journal import Journal
 from .limits import CAPTURE_BUFFER_MAX_BYTES
 from .socket_queries import moved_in, report_bytes
 
@@ -172,6 +174,7 @@ class LinkCallbacks(Protocol):
     """The part of the broker that links use."""
 
     fabric: Fabric
+    journal: Journal | None
 
     def serve_first(self, channel: Channel) -> None:
         """Serve the first request on a new channel, or keep the channel until it arrives."""
@@ -207,6 +210,11 @@ class HandoffLink:
         link.setblocking(False)
         loop.watch(link.fileno(), self._ready)
 
+    def _record(self) -> None:
+        """Record a change of the link in the journal."""
+        if self._broker.journal is not None:
+            self._broker.journal.link(self)
+
     def save(self, writer: Writer) -> Saved:
         """Return the link for the next vsockd."""
         return {
@@ -233,6 +241,10 @@ class HandoffLink:
         """Close the link.  The clients of pending connections see EOF."""
         if self.is_open:
             self._loop.unwatch(self._sock.fileno())
+            journal = self._broker.journal
+            if journal is not None:
+                journal.forget_link(self)
+                journal.commit()
             self._sock.close()
             for pending in self._pending.values():
                 pending.channel.party.pending -= 1
@@ -262,13 +274,30 @@ class HandoffLink:
     def recount_pending(self) -> None:
         """Do nothing: the device reports each outcome, so there is nothing to recount."""
 
-    def hand_over(self, record: bytes, source: Channel) -> None:
-        """Hand off a connection of ``source`` to the device."""
-        send_descriptor(self._sock, record, source.sock.fileno())
+    def expect(self, record: bytes, source: Channel) -> None:
+        """Expect a report on a connection of ``source``, which is handed off next."""
         source.last_device = self
         sent = Record.decode(record)
         self._pending[sent.local_port, *sent.peer] = PendingConnect(source, cookie_of(source.sock))
         source.party.pending += 1
+
+    def forget(self, record: bytes) -> None:
+        """Expect no report: the connection could not be handed off."""
+        sent = Record.decode(record)
+        pending = self._pending.pop((sent.local_port, *sent.peer))
+        pending.channel.party.pending -= 1
+
+    def hand_over(
+        self, record: bytes, sock: _socket.socket, in_flight: InFlight | None = None
+    ) -> None:
+        """Hand off a connection to the device, once if it is the request being served.
+
+        Raises OSError.
+        """
+        if in_flight is None:
+            send_descriptor(self._sock, record, sock.fileno())
+        else:
+            in_flight.send(Step.ANNOUNCE, self._sock, record, sock.fileno())
 
     def _ready(self, events: int) -> None:
         try:
@@ -320,6 +349,7 @@ class HandoffLink:
         peer = request.peer_cid, request.peer_port
         pending = self._pending.pop((request.local_port, *peer), None)
         refused = False
+        self._record()
         if pending is not None:
             pending.channel.party.pending -= 1
             size = 0 if request.backlog else request.size
@@ -327,6 +357,9 @@ class HandoffLink:
                 self._context, request.local_port, peer, size
             )
             refused = waits and not size
+            if waits and size and self._broker.journal is not None:
+                local = self._context.cid, request.local_port
+                self._broker.journal.completed(self._broker.fabric.find_connection(local, peer))
         if fd is None:
             return
         if pending is not None and refused and _has_cookie(fd, pending.cookie):
@@ -344,9 +377,8 @@ class DeviceChannel(Channel):
     def read(self) -> bytes:
         """Return the next request, without its writer's credentials, which give it no rights."""
         try:
-            return self.sock.recv(
-                REQUEST_SIZE, PEEK if self.kind is EndpointKind.SEQPACKET else READ
-            )
+            stays = self.kind is EndpointKind.SEQPACKET or self.in_flight is not None
+            return self.sock.recv(REQUEST_SIZE, PEEK if stays else READ)
         except ConnectionError:
             return b""
 
@@ -370,13 +402,14 @@ class HandoffChannel(DeviceChannel):
     """A connection that came with its request, and to which vsockd never replies."""
 
     request = b""
+    has_requests = False
 
     def read(self) -> bytes:
         """Return the request that came with the descriptor; in later calls return no bytes."""
         request, self.request = self.request, b""
         return request
 
-    def send(self, record: bytes) -> None:
+    def send(self, record: bytes, in_flight: InFlight | None = None) -> None:
         """Discard the record: the device replies on the connection itself."""
 
 
@@ -432,6 +465,7 @@ class DeviceLink(HandoffLink):
         #: the guest's bytes that were moved by earlier devices
         self._before = context.meter.total if context.meter is not None else Moved(0, 0)
         context.device = DevicePorts(credentials, self, None, seqpacket)
+        self._record()
         if host_ports:
             program = DeviceChannel(link, context, EndpointKind.STREAM, credentials)
             self._host_ports = HostPorts(loop, broker.fabric, context, program, link, reported)
@@ -465,6 +499,7 @@ class DeviceLink(HandoffLink):
         self._datagrams = datagrams
         assert self._context.device is not None
         self._context.device = replace(self._context.device, datagrams=datagrams)
+        self._record()
 
     def send_capture(self, fd: int, limit: int, port: int) -> None:
         """Send ``fd`` to the device, which writes captured records to it.

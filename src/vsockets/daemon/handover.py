@@ -1,7 +1,8 @@
 """The form in which a vsockd hands over its state to its successor.
 
 Values are numbers, strings, tuples, lists and dicts of them, and no objects of classes, which the
-next release may have changed.  A descriptor is its position among those that are sent beside them.
+next release may have changed.  A descriptor is its position among those that are sent beside them,
+or, in the journal (:mod:`.journal`), its number, because the next vsockd has the same descriptors.
 Sockets, channels and links refer to each other, so each has a number, in the order of first
 mention.
 
@@ -14,6 +15,7 @@ from __future__ import annotations
 import _socket
 import functools
 from collections.abc import Iterable, Sequence
+from itertools import count
 from typing import Any
 
 from ..fabric import (
@@ -41,7 +43,15 @@ Saved = dict[str, Any]
 class Writer:
     """The state that a vsockd hands over: numbers that stand for objects, and descriptors."""
 
-    def __init__(self, fabric: Fabric) -> None:
+    def __init__(self, fabric: Fabric, lasting: bool = False) -> None:
+        """Start without objects.
+
+        With ``lasting``, changes of the objects are saved later: what changes too often, and can be
+        found again in another way, is left out, and descriptors keep their numbers.
+        """
+        self.lasting = lasting
+        self._fabric = fabric
+        self._numbers = count()
         self.descriptors: list[int] = []
         self.endpoints: dict[Endpoint, int] = {}
         # Of classes of modules that import this one: channels, links of devices and relays, groups
@@ -63,8 +73,16 @@ class Writer:
             for party in context.parties()
         }
 
+    def _number(self, numbers: dict[Any, int], one: Any) -> int:
+        found = numbers.get(one)
+        if found is None:
+            found = numbers[one] = next(self._numbers)
+        return found
+
     def descriptor(self, fd: int) -> int:
         """Return the number for a descriptor."""
+        if self.lasting:
+            return fd
         self.descriptors.append(fd)
         return len(self.descriptors) - 1
 
@@ -74,31 +92,43 @@ class Writer:
 
     def party(self, party: Party | None) -> tuple[int, int] | None:
         """Return the CID and user id of a party; None for one of a context that was removed."""
-        return None if party is None else self._parties.get(party)
+        if party is None:
+            return None
+        found = self._parties.get(party)
+        if found is None and self.lasting:  # a user of the host that has just connected
+            self.find_parties(self._fabric)
+            found = self._parties.get(party)
+        return found
 
     def endpoint(self, endpoint: Endpoint | None) -> int | None:
         """Return the number for an endpoint, or None if ``endpoint`` is None."""
         if endpoint is None:
             return None
-        return self.endpoints.setdefault(endpoint, len(self.endpoints))
+        return self._number(self.endpoints, endpoint)
+
+    def number_of(self, endpoint: Endpoint) -> int:
+        """Return the number for an endpoint."""
+        return self._number(self.endpoints, endpoint)
 
     def channel(self, channel: Any) -> int | None:
         """Return the number for a channel, or None if ``channel`` is None."""
-        return None if channel is None else self.channels.setdefault(channel, len(self.channels))
+        return None if channel is None else self._number(self.channels, channel)
 
     def link(self, link: Any) -> int | None:
         """Return the number for a link: -1 if it was closed, None if ``link`` is None."""
         if link is None:
             return None
-        return self.links.setdefault(link, len(self.links)) if link.is_open else -1
+        return self._number(self.links, link) if link.is_open else -1
 
-    def group(self, group: object) -> int | None:
+    def group(self, group: Any) -> int | None:
         """Return the number for a group of streams; None for one that was closed."""
+        if self.lasting:
+            return None if group is None or group.fd < 0 else int(group.fd)
         return self.groups.get(group)
 
     def receiver(self, receiver: Any) -> int:
         """Return the number for a program's datagram socket."""
-        return self.receivers.setdefault(receiver, len(self.receivers))
+        return self._number(self.receivers, receiver)
 
 
 class ClosedLink:
@@ -110,16 +140,18 @@ class ClosedLink:
 class Reader:
     """The state that a vsockd takes over: the objects by their numbers, and the descriptors."""
 
-    def __init__(self, fabric: Fabric, descriptors: list[int], early: Sequence[Any] = ()) -> None:
+    def __init__(
+        self, fabric: Fabric, descriptors: Sequence[int], early: Sequence[Any] = ()
+    ) -> None:
         """Start without objects; ``early`` are the rows that came before the state."""
         self.fabric = fabric
         self.descriptors = descriptors
         self.early = early
-        self.endpoints: list[Endpoint] = []
-        self.channels: list[Any] = []
-        self.links: list[Any] = []
+        self.endpoints: dict[int, Endpoint] = {}
+        self.channels: dict[int, Any] = {}
+        self.links: dict[int, Any] = {}
         self.groups: dict[int, Any] = {}
-        self.receivers: list[Any] = []
+        self.receivers: dict[int, Any] = {}
         self._closed_link = ClosedLink()
         self._former = Party("a removed context", None)
 
@@ -141,7 +173,7 @@ class Reader:
 
     def link(self, number: int) -> object:
         """Return a link by its number; -1 stands for a closed link."""
-        return self._closed_link if number < 0 else self.links[number]
+        return self.links.get(number, self._closed_link)
 
     def endpoint(self, number: int | None) -> Endpoint | None:
         """Return an endpoint by its number."""

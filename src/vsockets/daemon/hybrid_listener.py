@@ -40,6 +40,7 @@ from .channel import Channel
 from .credentials import peer_credentials
 from .device_link import HandoffLink
 from .handover import Reader, Saved, Writer
+from .in_flight import InFlight
 from .limits import CONTROL_BACKLOG_MAX
 
 log = logging.getLogger(__name__)
@@ -60,6 +61,7 @@ class HybridChannel(Channel):
     """A program of the host that uses the hybrid handshake instead of vsockd's protocol."""
 
     connect_flags = int(RequestFlag.OK_LINE)
+    has_requests = False  # the line is read in pieces
 
     def save(self, writer: Writer) -> Saved:
         """Return the channel for the next vsockd."""
@@ -105,7 +107,7 @@ class HybridChannel(Channel):
         """Return False: the handshake has one CONNECT line."""
         return False
 
-    def send(self, record: bytes) -> None:
+    def send(self, record: bytes, in_flight: InFlight | None = None) -> None:
         """Send the OK line for an accepted connection; a refused one is closed without a reply."""
         answer = Record.decode(record)
         if not answer.status:
@@ -269,6 +271,7 @@ class PlayedHostLink(HandoffLink):
         self._credentials = credentials
         self._domains = broker.fabric.settings.host_domains
         guest.fallback = self.find
+        self._record()
 
     def save(self, writer: Writer) -> Saved:
         """Return the link for the next vsockd."""
@@ -329,7 +332,9 @@ class Relay(HandoffLink):
         except OSError:
             ours.close()
             raise
-        return cls(loop, broker, ours, process.pid)
+        relay = cls(loop, broker, ours, process.pid)
+        relay._record()
+        return relay
 
 
 @contextlib.contextmanager

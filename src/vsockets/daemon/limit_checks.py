@@ -62,11 +62,22 @@ class LimitChecks:
     request recounts a little, and the rest is deferred work, started at a limited rate.
     """
 
-    def __init__(self, release_some: Callable[[Party], None]) -> None:
-        """Use ``release_some`` to release a party's closed sockets: some at once, others later."""
+    def __init__(self, release_some: Callable[[Party | None], None]) -> None:
+        """Use ``release_some`` to release closed sockets: some at once, others later.
+
+        It releases those of a party, or, with None, of all.
+        """
         self._release_some = release_some
         self._counted: WeakKeyDictionary[Party, float] = WeakKeyDictionary()
         self._looks: WeakKeyDictionary[Party, TokenBucket] = WeakKeyDictionary()
+
+    def require_free(self, fd: int) -> None:
+        """Raise Refused when few descriptors are left, and release some that are not needed."""
+        try:
+            require_unreserved(fd)
+        except Refused:
+            self._release_some(None)
+            raise
 
     def reclaim_sockets(self, party: Party) -> None:
         """Release closed sockets of a party that has reached its limit of sockets."""

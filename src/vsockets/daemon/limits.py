@@ -93,6 +93,15 @@ CONTROL_BACKLOG_MAX = 4096
 #: Bytes of one request on the administrator's socket: far more than any request has.
 CONTROL_REQUEST_MAX_BYTES = 65_536
 
+#: Bytes that the entries of vsockd's journal may take before a new one is begun, and twice those of
+#: its beginning on top: so beginning one takes a small part of vsockd's time.
+DAEMON_JOURNAL_LEAST_BYTES = 4 << 20
+
+#: Starts of vsockd, unless ``--restarts`` has another number, after it was killed or has crashed,
+#: within so many seconds: what makes it crash may be in what it restores.
+DAEMON_RESTARTS_DEFAULT = 0
+DAEMON_RESTARTS_SECONDS = 60.0
+
 #: Descriptors that vsockd keeps free, or a quarter of its limit if that is less: for requests that
 #: complete at once, which need only a few at a time.
 DAEMON_DESCRIPTOR_RESERVE = 1024

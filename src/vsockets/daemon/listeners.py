@@ -14,8 +14,10 @@ fail.
 from __future__ import annotations
 
 import _socket
+import errno
 import struct
 from collections import deque
+from collections.abc import Callable, Iterable
 from socket import (
     AF_UNIX,
     MSG_DONTWAIT,
@@ -26,25 +28,29 @@ from socket import (
     SOCK_CLOEXEC,
     SOCK_DGRAM,
     SOCK_NONBLOCK,
+    SOCK_SEQPACKET,
     SOL_SOCKET,
     socketpair,
 )
 
 from .._linux.inspection import unread_bytes
-from ..fabric import Connection, Endpoint, EndpointKind, Party
+from ..eventloop.loop import EventLoop
+from ..fabric import Connection, Endpoint, EndpointKind, Party, Refused
 from ..limits import LISTEN_BACKLOG_MAX
 from ..model.constants import VMADDR_CID_ANY, VMADDR_PORT_ANY
 from ..protocol import RECORD_SIZE, Record, RequestFlag, Role, encode_stream
-from .channel import SHORTAGE, Channel, Listener
+from .channel import SHORTAGE, Channel, Listener, send_descriptor
 from .handover import Reader, Saved, Writer
+from .in_flight import InFlight, Step
 from .limit_checks import require_unreserved
-from .limits import DAEMON_UNREAD_REPLIES_MAX
+from .limits import DAEMON_ANNOUNCE_RETRY_SECONDS, DAEMON_UNREAD_REPLIES_MAX
 from .named_sockets import NamedSocket
 
 _FD = struct.Struct("i")
 # Plain integers: `|` of enum flags costs as much as a system call.
 _SEND = int(MSG_DONTWAIT | MSG_NOSIGNAL)
 _TOKEN_FLAGS = int(SOCK_NONBLOCK | SOCK_CLOEXEC)
+_ANNOUNCE = Step.ANNOUNCE
 _SOCKET, _RIGHTS, _DATAGRAM = int(SOL_SOCKET), int(SCM_RIGHTS), int(SOCK_DGRAM)
 
 
@@ -74,9 +80,21 @@ class AnnouncedListener(Listener):
         """Return whether the program has not closed its socket."""
         return not self.channel.has_hung_up()
 
-    def announce(self, record: bytes, fd: int, party: Party) -> None:
+    def recover_pending(self, parties: Iterable[Party]) -> None:
+        """Count the announcements that the program has not read."""
+        for party in parties:
+            self._add_pending(party)
+        left = unread_bytes(self._sock.fileno()) // ANNOUNCEMENT_COST
+        self._remove_pending(max(0, len(self._pending) - left))
+
+    def announce(
+        self, record: bytes, fd: int, party: Party, in_flight: InFlight | None = None
+    ) -> None:
         """Send the record and the descriptor over the listening socket."""
-        self._sock.sendmsg((record,), ((_SOCKET, _RIGHTS, _FD.pack(fd)),), _SEND)
+        if in_flight is None:
+            self._sock.sendmsg((record,), ((_SOCKET, _RIGHTS, _FD.pack(fd)),), _SEND)
+        else:
+            in_flight.send(_ANNOUNCE, self._sock, record, fd)
         self._add_pending(party)
 
 
@@ -96,15 +114,17 @@ class NamedListener(Listener):
 
     def save(self, writer: Writer) -> Saved:
         """Return the listener for the next vsockd."""
-        tokens = [writer.descriptor(token.fileno()) for token in self._tokens]
+        # They come and go with each connection; without them, pending ones are counted from zero.
+        kept = not writer.lasting
+        tokens = [writer.descriptor(token.fileno()) for token in self._tokens if kept]
         return {
             **super().save(writer),
             "name": self._named.name,
             "node": writer.descriptor(self._named.node),
             "type": self._type,
             "tokens": tokens,
-            "next_token": writer.descriptor_of(self._next_token),
-            "idle_token": writer.descriptor_of(self._idle_token),
+            "next_token": writer.descriptor_of(self._next_token if kept else None),
+            "idle_token": writer.descriptor_of(self._idle_token if kept else None),
         }
 
     def restore(self, reader: Reader, saved: Saved) -> None:
@@ -115,11 +135,11 @@ class NamedListener(Listener):
         self._next_token = reader.socket_or_none(saved["next_token"], self._type)
         self._idle_token = reader.socket_or_none(saved["idle_token"], self._type)
 
-    def replace(self, sock: NamedSocket, type_: int) -> None:
+    def replace(self, sock: NamedSocket, type_: int) -> NamedSocket:
         """Replace the program's socket by another one that it has created for the same endpoint."""
-        self._named.close()
-        self._named, self._type = sock, type_
+        before, self._named, self._type = self._named, sock, type_
         self._drop_unused()
+        return before
 
     def prepare(self, backlog: int) -> None:
         """Set the maximum of pending connections."""
@@ -140,7 +160,19 @@ class NamedListener(Listener):
             self._tokens.popleft().close()
             self._remove_pending(1)
 
-    def announce(self, record: bytes, fd: int, party: Party) -> None:
+    @property
+    def next_token(self) -> int:
+        """The descriptor of the token for the next connection."""
+        token = self._idle_token or self._next_token
+        return -1 if token is None else token.fileno()
+
+    def set_token(self, fd: int) -> None:
+        """Set the token for the next connection."""
+        self._next_token = _socket.socket(AF_UNIX, self._type, 0, fd)
+
+    def announce(
+        self, record: bytes, fd: int, party: Party, in_flight: InFlight | None = None
+    ) -> None:
         """Connect a token socket to the program's; send the record and the descriptor over it."""
         token, self._idle_token = self._idle_token, None
         connected = was_idle = token is not None
@@ -148,21 +180,31 @@ class NamedListener(Listener):
             token, self._next_token = self._next_token or self._new_token(), None
         try:
             if not was_idle:
-                self._named.connect(token)
+                self._connect(token)
                 connected = True
-            token.sendmsg((record,), ((_SOCKET, _RIGHTS, _FD.pack(fd)),), _SEND)
+            if in_flight is None:
+                token.sendmsg((record,), ((_SOCKET, _RIGHTS, _FD.pack(fd)),), _SEND)
+            else:
+                in_flight.send(_ANNOUNCE, token, record, fd)
         except OSError as error:
             if connected and error.errno in SHORTAGE:
                 self._idle_token = token  # the program has accepted it and waits for the record
                 raise
             token.close()
             if was_idle:  # the program has closed the idle token
-                self.announce(record, fd, party)
+                self.announce(record, fd, party, in_flight)
                 return
             raise
         self._tokens.append(token)
         self._add_pending(party)
         self.recount_pending()
+
+    def _connect(self, token: _socket.socket) -> None:
+        try:
+            self._named.connect(token)
+        except OSError as error:
+            if error.errno != errno.EISCONN:  # by the vsockd before, which was killed then
+                raise
 
     def _new_token(self) -> _socket.socket:
         token = _socket.socket(AF_UNIX, self._type | _TOKEN_FLAGS)
@@ -192,6 +234,65 @@ class NamedListener(Listener):
             if token is not None:
                 token.close()
         self._next_token = self._idle_token = None
+
+
+class Unannounced:
+    """The listeners with connections that could not be announced when they were made."""
+
+    def __init__(
+        self,
+        loop: EventLoop,
+        drop: Callable[[Listener], None],
+        record: Callable[[Channel], None],
+    ) -> None:
+        """Start without listeners.
+
+        ``drop`` is called with a listener whose program cannot receive announcements, ``record``
+        with each channel whose listener has changed.
+        """
+        self._loop = loop
+        self._drop = drop
+        self._record = record
+        self.targets: dict[Listener, None] = {}
+        self._cannot_send = False  # True if the last descriptor could not be sent to any process
+
+    def add(self, target: Listener, error: OSError) -> None:
+        """Announce the connections of ``target`` later, which ``error`` has prevented now."""
+        self.targets[target] = None
+        if len(self.targets) == 1:
+            self.retry_later()
+        self._cannot_send |= error.errno != errno.EAGAIN  # EAGAIN concerns this listener only
+
+    def retry_later(self) -> None:
+        """Announce the connections later, if there are any."""
+        if self.targets:
+            self._loop.call_later(DAEMON_ANNOUNCE_RETRY_SECONDS, self._retry)
+
+    def _retry(self) -> None:
+        for target in list(self.targets):
+            try:
+                if target.announce_held(self._record):
+                    self.targets.pop(target, None)
+            except OSError:
+                self._drop(target)
+        self.retry_later()
+
+    def require_announceable(self, channel: Channel, target: object) -> None:
+        """Raise Refused for a connection that could not be announced, while others wait to be.
+
+        The client then gets an errno at once, instead of an established stream that waits.
+        """
+        if self._cannot_send:
+            ours, theirs = socketpair(AF_UNIX, SOCK_SEQPACKET)
+            with ours, theirs:
+                try:
+                    send_descriptor(ours, b"\0", channel.sock.fileno())
+                except OSError as error:
+                    reason = f"cannot send a descriptor: {error.strerror}"
+                    raise Refused(errno.ENOBUFS, reason) from None
+            self._cannot_send = False
+        if target in self.targets:
+            raise Refused(errno.ENOBUFS, "connections to this listener wait to be announced")
 
 
 def restore_listener(reader: Reader, channel: Channel, saved: Saved) -> Listener:

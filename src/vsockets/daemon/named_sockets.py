@@ -7,30 +7,83 @@ descriptor of the name and unlinks it.  From then on only vsockd can connect to 
 from __future__ import annotations
 
 import _socket
+import contextlib
 import errno
 import functools
 import os
+import re
 from dataclasses import dataclass
 from socket import AF_UNIX, SOCK_CLOEXEC, SOCK_STREAM
 
 from ..fabric import Refused
 
+#: A name in the folder that only vsockd can enter.
+_NAME = re.compile(r"[0-9a-f]{16}\.[0-9a-z.]+")
 
-def bind_to_name(sock: _socket.socket, name: str) -> int:
-    """Bind ``sock`` in the current directory; return an O_PATH descriptor of the name.
+#: Names that a vsockd which was killed has left in the current directory.
+_left_over: set[str] = set()
+#: Nodes that a vsockd which was killed had opened for a request under way, by name.
+_recovered: dict[str, int] = {}
+
+
+def bind_to_name(sock: _socket.socket, name: str) -> tuple[str, int]:
+    """Bind ``sock`` in the current directory; return its name, and an O_PATH descriptor of it.
+
+    The name is another one if a vsockd that was killed has bound the socket for this request.
 
     Raises Refused with EINVAL if the socket is bound already, or with another errno, such as ENOSPC
     or EMFILE, if the host lacks a resource.
     """
     try:
-        sock.bind(name)
         try:
-            return os.open(name, os.O_PATH | os.O_CLOEXEC)
+            sock.bind(name)
+        except OSError as error:
+            if error.errno != errno.EINVAL or not (bound := _bound_before(sock)):
+                raise
+            name = bound
+        if name in _recovered:
+            return name, _recovered.pop(name)
+        try:
+            return name, os.open(name, os.O_PATH | os.O_CLOEXEC)
         finally:
             os.unlink(name)
     except OSError as error:
         reason = f"cannot bind the socket: {error.strerror}"
         raise Refused(error.errno or errno.EINVAL, reason) from None
+
+
+def _bound_before(sock: _socket.socket) -> str:
+    """Return the name that a vsockd which was killed has bound the socket to; "" without one."""
+    name = sock.getsockname()
+    if not isinstance(name, str) or not name or "/" in name:
+        return ""
+    return name if name in _recovered or name in _left_over else ""
+
+
+def recover_node(fd: int) -> bool:
+    """Keep a descriptor for the request under way, if it is one of a name; return whether it is."""
+    path, deleted, _ = os.readlink(f"/proc/self/fd/{fd}").partition(" (deleted)")
+    name = os.path.basename(path)
+    if not deleted or not _NAME.fullmatch(name):
+        return False
+    _recovered[name] = fd
+    return True
+
+
+def recover_names() -> None:
+    """Keep the names in the current directory for the request under way."""
+    _left_over.update(name for name in os.listdir() if _NAME.fullmatch(name))
+
+
+def close_recovered() -> None:
+    """Close and remove what the request under way has not used."""
+    for fd in _recovered.values():
+        os.close(fd)
+    _recovered.clear()
+    for name in _left_over:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(name)
+    _left_over.clear()
 
 
 @dataclass(slots=True, eq=False)

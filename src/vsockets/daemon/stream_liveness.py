@@ -95,7 +95,7 @@ class Group:
         """Close the group's epoll."""
         self._epoll.close()
         os.close(self._registrations)
-        self._registrations = -1
+        self.fd = self._registrations = -1
 
     def hung_up(self) -> list[int]:
         """Return the numbers of streams whose connecting side has closed since the last call."""
@@ -124,6 +124,8 @@ class StreamLiveness:
         ``end`` is called with the number of each stream found to have ended, possibly repeatedly.
         """
         self._end = end
+        #: called before a group's descriptors, which may then be reused, are closed
+        self.before_close: Callable[[], None] = lambda: None
         self._events = select.epoll()  # of the groups
         #: descriptor number under which handed-off sockets are registered, never used otherwise
         self._pending_fd = os.dup(self._events.fileno())
@@ -184,7 +186,7 @@ class StreamLiveness:
         # Group.add() inlined: hot path of every connect.
         _EVENT.data = number
         if _epoll_ctl(group.fd, _EPOLL_CTL_ADD, fd, _EVENT_AT) != 0:
-            raise last_error()
+            group.replace(fd, number)  # a vsockd that was killed then has registered it
         group.numbers.add(number)
         self._room -= 1
         if not self._room:
@@ -298,6 +300,8 @@ class StreamLiveness:
         return self._by_inode.get(inode)
 
     def _close(self, group: Group) -> None:
-        self._events.unregister(group.fd)
-        del self._groups[group.fd]
+        self.before_close()
+        fd = group.fd
+        self._events.unregister(fd)
+        del self._groups[fd]
         group.close()

@@ -35,6 +35,7 @@ from ..eventloop.loop import EventLoop
 from ..fabric import Connection, Fabric
 from .channel import Channel
 from .handover import Reader, Saved, Writer, restore_connections, save_connections
+from .journal import Journal
 from .limits import (
     DISCONNECT_AT_ONCE_SECONDS,
     DISCONNECT_LONGEST_RETRY_SECONDS,
@@ -360,6 +361,10 @@ class Streams:
         found = restore_connections(reader, rows.values())
         self._fabric.connections.update({one.number: one for one in found})
         self._to_disconnect = restore_connections(reader, saved["remaining"])
+
+    def keep_journal(self, journal: Journal) -> None:
+        """Record in ``journal`` which streams have ended before descriptors are reused."""
+        self._liveness.before_close = journal.commit
 
     def resume(self) -> None:
         """Disconnect the streams that the previous vsockd has not disconnected yet."""

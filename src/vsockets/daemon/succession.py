@@ -11,7 +11,7 @@ The running vsockd starts its successor, with a socket between the two::
                        <------------------ state (in a memory file), all descriptors
       restores all of it, does nothing yet
       "taken"          ------------------>
-                       <------------------ closes the socket, and ends without cleaning up
+                       <------------------ "go"; ends without cleaning up
       serves
 
 Requests wait in the kernel from "read" on.  The state has the rows that have changed since, and the
@@ -57,12 +57,13 @@ from .handover import (
     save_fabric,
 )
 from .hybrid_listener import HybridChannel, PlayedHostLink, Relay
+from .in_flight import InFlight, Step
 
 log = logging.getLogger(__name__)
 
 #: The format of the state.  A successor takes over this format and, if it ever changes, also that
 #: of the previous release.
-FORMAT = 3
+FORMAT = 4
 
 #: The version of marshal's format that every Python since 3.4 reads.  (Requests wait meanwhile:
 #: pickle takes three times as long to write, JSON five times.)
@@ -73,6 +74,9 @@ _RESTORE_SECONDS = 5.0
 #: The kernel's limit of descriptors in one message.
 _DESCRIPTORS_MAX = 253
 _PR_SET_CHILD_SUBREAPER = 36
+_GO = b"go"
+#: Exit status of a successor that has not taken over.
+NOT_TAKEN_OVER = os.EX_PROTOCOL
 #: The signals that vsockd handles.
 FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 _CHANNELS: dict[str, type[Channel]] = {
@@ -95,10 +99,8 @@ def save_broker(writer: Writer, broker: Broker) -> Saved:
     links, channels, endpoints = _save_references(writer)
     # Routes lead to endpoints that channels and connections do not mention.
     datagrams = broker.datagrams.save(writer)
-    endpoints += [
-        save_endpoint(writer, one) | {"handle": None}
-        for one in list(writer.endpoints)[len(endpoints) :]
-    ]
+    for one, number in list(writer.endpoints.items())[len(endpoints) :]:
+        endpoints[number] = save_endpoint(writer, one) | {"handle": None}
     return {
         **save_fabric(broker.fabric),
         "endpoints": endpoints,
@@ -109,31 +111,36 @@ def save_broker(writer: Writer, broker: Broker) -> Saved:
     }
 
 
-def _save_references(writer: Writer) -> tuple[list[Saved], list[Saved], list[Saved]]:
+#: Saved objects by number.
+Numbered = dict[int, Saved]
+
+
+def _save_references(writer: Writer) -> tuple[Numbered, Numbered, Numbered]:
     """Save the links, channels and endpoints that have a number, and all that these refer to."""
-    links: list[Saved] = []
-    channels: list[Saved] = []
-    endpoints: list[Saved] = []
+    links: Numbered = {}
+    channels: Numbered = {}
+    endpoints: Numbered = {}
     while True:
-        for link in list(writer.links)[len(links) :]:
-            links.append(link.save(writer))
-        for channel in list(writer.channels)[len(channels) :]:
-            channels.append(channel.save(writer))
-        for endpoint in list(writer.endpoints)[len(endpoints) :]:
-            handle = _save_handle(writer, endpoint.handle)
-            endpoints.append(save_endpoint(writer, endpoint) | {"handle": handle})
+        for link, number in list(writer.links.items())[len(links) :]:
+            links[number] = link.save(writer)
+        for channel, number in list(writer.channels.items())[len(channels) :]:
+            channels[number] = channel.save(writer)
+        for endpoint, number in list(writer.endpoints.items())[len(endpoints) :]:
+            handle = save_handle(writer, endpoint.handle)
+            endpoints[number] = save_endpoint(writer, endpoint) | {"handle": handle}
         done = len(links), len(channels), len(endpoints)
         if done == (len(writer.links), len(writer.channels), len(writer.endpoints)):
             return links, channels, endpoints
 
 
-def _save_handle(writer: Writer, handle: object) -> tuple[str, int | None] | None:
+def save_handle(writer: Writer, handle: object) -> tuple[str, int | None] | None:
+    """Return what an endpoint refers to; None for a datagram socket."""
     if isinstance(handle, HandoffLink):
         return "link", writer.link(handle)
-    if isinstance(handle, Channel):
-        return "channel", writer.channel(handle)
-    if isinstance(handle, Listener):
-        return "listener", writer.channel(handle.channel)
+    channel = handle.channel if isinstance(handle, Listener) else handle
+    if isinstance(channel, Channel) and not (writer.lasting and channel not in writer.channels):
+        kind = "channel" if channel is handle else "listener"
+        return kind, writer.channel(channel)
     return None  # a datagram socket's is restored with it
 
 
@@ -141,25 +148,29 @@ def _restore_handle(reader: Reader, saved: tuple[str, int]) -> object:
     kind, number = saved
     if kind == "link":
         return reader.link(number)
-    return reader.channels[number] if kind == "channel" else reader.channels[number].listener
+    channel = reader.channels.get(number)  # None: it is closed
+    return channel if kind == "channel" or channel is None else channel.listener
 
 
 def restore_broker(reader: Reader, saved: Saved, loop: EventLoop, broker: Broker) -> None:
     """Give a new broker what :func:`save_broker` has returned."""
     restore_fabric(broker.fabric, saved)
-    reader.endpoints += [restore_endpoint(reader, one) for one in saved["endpoints"]]
+    channels, endpoints = saved["channels"], saved["endpoints"]
+    for number, one in endpoints.items():
+        reader.endpoints[number] = restore_endpoint(reader, one)
     served = saved["served"]
     broker.streams.restore(reader, served["streams"])
-    reader.channels += [_CHANNELS[one["class"]].restore(reader, one) for one in saved["channels"]]
+    for number, one in channels.items():
+        reader.channels[number] = _CHANNELS[one["class"]].restore(reader, one)
     broker.datagrams.restore(reader, saved["datagrams"])
-    for one in saved["links"]:
-        reader.links.append(_restore_link(reader, one, loop, broker))
-    for channel, one in zip(reader.channels, saved["channels"], strict=True):
-        channel.restore_references(reader, one)
-    broker.restore(reader, served, saved["channels"])
-    for endpoint, one in zip(reader.endpoints, saved["endpoints"], strict=True):
+    for number, one in saved["links"].items():
+        reader.links[number] = _restore_link(reader, one, loop, broker)
+    for number, one in channels.items():
+        reader.channels[number].restore_references(reader, one)
+    broker.restore(reader, served, channels)
+    for number, one in endpoints.items():
         if one["handle"] is not None:
-            endpoint.handle = _restore_handle(reader, one["handle"])
+            reader.endpoints[number].handle = _restore_handle(reader, one["handle"])
 
 
 def _restore_link(reader: Reader, saved: Saved, loop: EventLoop, broker: Broker) -> HandoffLink:
@@ -181,6 +192,10 @@ def _restore_link(reader: Reader, saved: Saved, loop: EventLoop, broker: Broker)
 
 
 # The exchange
+
+
+class NotTakenOver(Exception):
+    """A predecessor that serves again, instead of its successor."""
 
 
 class Successor:
@@ -259,8 +274,12 @@ class Successor:
         """Ask the process, which has taken over, to end."""
         self._process.terminate()
 
-    def release(self) -> None:
+    def release(self, in_flight: InFlight | None = None) -> None:
         """Let the successor begin; this process must not use what it handed over any longer."""
+        if in_flight is None:
+            self._sock.send(_GO)
+        else:  # known to the holder, even if this process is killed now
+            in_flight.send(Step.HAND_OVER, self._sock, _GO)
         self._sock.close()
 
 
@@ -315,6 +334,7 @@ class Predecessor:
         self.early: list[Any] = []  #: rows of streams, sent before the state
         self.state: Saved = {}
         self.descriptors: list[int] = []
+        self.reader: Reader | None = None  #: set when the state is restored
         self._sock = socket.socket(fileno=fd)
         self._sock.set_inheritable(False)
         signal.pthread_sigmask(signal.SIG_BLOCK, FORWARDED)  # until vsockd handles them
@@ -347,8 +367,8 @@ class Predecessor:
         # Without a timeout: a predecessor that was stopped meanwhile (SIGSTOP, a suspended machine)
         # ends as soon as it runs again, and this process has to serve then.
         self._sock.settimeout(None)
-        if self._sock.recv(1):
-            raise ConnectionResetError("unexpected message of the predecessor")
+        if self._sock.recv(len(_GO)) != _GO and self.state.get("is_held"):
+            raise NotTakenOver("the predecessor was killed, and is started again")
         self._sock.close()
 
 
@@ -368,7 +388,9 @@ def wait_for_successors(folder: Path, is_stopping: bool) -> int:
     asked = result = 0
     while True:
         for status in _ended_children():
-            result = os.waitstatus_to_exitcode(status)
+            code = os.waitstatus_to_exitcode(status)
+            if code != NOT_TAKEN_OVER:
+                result = code
         if not _has_children():
             return result if result >= 0 else 128 - result
         pid = _serving(folder)
@@ -389,11 +411,18 @@ def wait_for_successors(folder: Path, is_stopping: bool) -> int:
 
 
 def _serving(folder: Path) -> int:
-    """Return the process id of the vsockd that serves, a child of this process; 0 without one."""
+    """Return the process id of the vsockd that serves, or of its holder; 0 without one.
+
+    It is a child of this process.
+    """
     try:
         pid = int((folder / LOCK).read_text())
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        parent = int(fields[1])
+        if parent != os.getpid():  # a holder, which passes signals on
+            pid = parent
         os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
-    except (OSError, ValueError):
+    except (OSError, ValueError, IndexError):
         return 0
     return pid
 

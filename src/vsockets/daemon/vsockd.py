@@ -6,6 +6,7 @@ import contextlib
 import fcntl
 import logging
 import os
+import pickle
 import resource
 import signal
 import struct
@@ -18,7 +19,7 @@ from .. import logs
 from .._linux.libc import check, libc
 from .._linux.rlimit import allow_many_descriptors
 from ..eventloop.loop import EventLoop
-from ..fabric import Fabric, Refused
+from ..fabric import Fabric, Refused, Settings
 from ..model.address import FIRST_GUEST_CID
 from ..model.constants import VMADDR_CID_HOST, VMADDR_CID_HYPERVISOR
 from ..state_folder import (
@@ -41,7 +42,10 @@ from .context_manager import ContextManager, Trash, remove_folder
 from .crash_records import How, IsolatedGuests, Start
 from .datagram_epochs import EarlierEpochs
 from .handover import Reader, Saved, Writer
+from .in_flight import InFlight
+from .journal import Journal, Left
 from .limits import DAEMON_SLOW_CALL_SECONDS
+from .recovery import Killed, recover_pending
 from .succession import (
     FORWARDED,
     Predecessor,
@@ -49,6 +53,7 @@ from .succession import (
     adopt_orphans,
     restore_broker,
     save_broker,
+    save_handle,
 )
 
 log = logging.getLogger(__name__)
@@ -116,24 +121,25 @@ class Vsockd:
         start: Start,
         relay: Sequence[str],
         successor: Sequence[str],
-        predecessor: Predecessor | None = None,
+        predecessor: Predecessor | Killed | None = None,
+        in_flight: InFlight | None = None,
     ) -> None:
         """Prepare to serve in the state folder ``folder``, and lock it.
 
         ``relay`` is the command that starts the hybrid relay, ``successor`` the one of
-        :class:`.succession.Successor`.  With a ``predecessor``, take over its state.
+        :class:`.succession.Successor`.  With a ``predecessor``, take over its state.  With
+        ``in_flight``, the memory of a holder, keep a journal there.
 
-        Raises AlreadyRunning, ConfigurationError, OtherwiseStarted, or OSError if the folder cannot
-        be used.
+        Raises AlreadyRunning, ConfigurationError, OtherwiseStarted, JournalDamaged, or OSError if
+        the folder cannot be used.
         """
         self._configuration = start.configuration
-        self._settings = settings = load(self._configuration)
-        if predecessor is not None:
-            predecessor.receive()
+        self._settings = settings = self._receive(predecessor)
         self.folder = folder.absolute()
         self._watch: FolderWatch | None = None
         self._is_lost = False
         self._command = successor
+        self._in_flight = in_flight
         self._successor: Successor | None = None
         # To be called if the successor cannot take over.
         self._replacing: list[Callable[[str], None]] = []
@@ -160,7 +166,7 @@ class Vsockd:
         self.fabric = Fabric(os.geteuid())
         self.fabric.settings = settings
         audit = Audit(self.events, settings.audit_rate)
-        self.broker = Broker(self.loop, self.fabric, audit)
+        self.broker = Broker(self.loop, self.fabric, audit, in_flight)
         self._isolated = IsolatedGuests(private / ISOLATED)
         self.contexts = ContextManager(
             *(self.folder, held, self._trash, self.loop, self.fabric, self.broker),
@@ -183,6 +189,17 @@ class Vsockd:
         self.contexts.configure(settings)
         self._control = ControlSocket(self.loop, handlers, self.folder / CONTROL)
 
+    def _receive(self, predecessor: Predecessor | Killed | None) -> Settings:
+        """Receive the predecessor's state; return the settings."""
+        if isinstance(predecessor, Killed):  # the configuration may have become invalid
+            predecessor.receive()
+            settings: Settings = pickle.loads(predecessor.state["settings"])
+            return settings
+        settings = load(self._configuration)
+        if predecessor is not None:
+            predecessor.receive()
+        return settings
+
     def _open_folder(self, start: Start) -> Path:
         """Lock the state folder and record the start; return a path to the folder.
 
@@ -198,7 +215,7 @@ class Vsockd:
         start.write(held / START)
         return held
 
-    def _take_folder(self, predecessor: Predecessor) -> Path:
+    def _take_folder(self, predecessor: Predecessor | Killed) -> Path:
         """Take over the state folder and its lock; return a path as :meth:`_open_folder`."""
         state, descriptors = predecessor.state, predecessor.descriptors
         self._started, self._is_service = state["started"], state["is_service"]
@@ -207,10 +224,13 @@ class Vsockd:
             self._lifeline = descriptors[state["lifeline"]]
         return Path(f"/proc/self/fd/{self._place}")
 
-    def _restore(self, predecessor: Predecessor, handlers: ControlHandlers) -> ControlSocket:
+    def _restore(
+        self, predecessor: Predecessor | Killed, handlers: ControlHandlers
+    ) -> ControlSocket:
         """Restore what the predecessor has saved, without serving yet."""
         state = predecessor.state
-        reader = Reader(self.fabric, predecessor.descriptors, predecessor.early)
+        arguments = self.fabric, predecessor.descriptors, predecessor.early
+        reader = predecessor.reader = Reader(*arguments)
         restore_broker(reader, state, self.loop, self.broker)
         # Guests of this vsockd, not of one that has crashed.
         self._isolated.before.difference_update(one.cid for one in self.fabric.contexts)
@@ -221,6 +241,7 @@ class Vsockd:
     def _take_over(self, predecessor: Predecessor) -> None:
         """Let the predecessor stop, and begin to serve with the state restored from it."""
         predecessor.confirm()
+        self._begin_journal()
         try:
             self.contexts.configure(self._settings, others=False)
         except (Refused, OSError) as error:
@@ -234,6 +255,33 @@ class Vsockd:
         self.events.publish(Topic.VSOCKD, change="replaced", pid=pid)
         self._control.answer_replaced(pid)
 
+    def _begin_journal(self, left: Left | None = None, serial: int = 0) -> None:
+        if self._in_flight is None:
+            return
+        self._in_flight.memory.folder = self._place
+        journal = Journal(
+            self._in_flight, self.loop, self.fabric, self._save_for_journal, save_handle
+        )
+        journal.begin(left, serial)
+        self.broker.keep_journal(journal)
+
+    def _save_for_journal(self, writer: Writer) -> Saved:
+        return {**self._save_with(writer), "settings": pickle.dumps(self.fabric.settings)}
+
+    def _recover(self, killed: Killed) -> None:
+        """Begin to serve in the place of a vsockd that was killed."""
+        self.broker.streams.reap()
+        recover_pending(self.broker)
+        self._begin_journal(killed.left, killed.serial)
+        killed.continue_request(self.broker, self._control)
+        for context in self.fabric.contexts:
+            if context.device is not None:
+                context.device.streams.refresh()
+        self.broker.streams.resume()
+        log.error("vsockd was killed or has crashed: process %d serves in its place", os.getpid())
+        self.events.publish(Topic.VSOCKD, change="restarted", pid=os.getpid())
+        self._control.resume()
+
     def run(
         self, announce_ready: Callable[[], None] = lambda: None, lifeline: int | None = None
     ) -> bool:
@@ -243,11 +291,15 @@ class Vsockd:
         ends when its other end is closed.  Return False if vsockd ended because programs could not
         find it any longer.
         """
-        if self._predecessor is not None:
-            self._take_over(self._predecessor)
-        self.broker.streams.open()
         if lifeline is not None:
             self._lifeline = lifeline
+        if isinstance(self._predecessor, Killed):
+            self._recover(self._predecessor)
+        elif self._predecessor is not None:
+            self._take_over(self._predecessor)
+        else:
+            self._begin_journal()
+        self.broker.streams.open()
         if self._lifeline is not None:
             self.loop.watch(self._lifeline, lambda events: self.stop())
         try:
@@ -309,6 +361,11 @@ class Vsockd:
         in this process only.
         """
         assert self._successor is not None
+        if self._in_flight is not None:  # the holder closes everything
+            if self.is_stopping or signal.sigpending() & set(FORWARDED):
+                self._successor.stop()
+            self._successor.release(self._in_flight)
+            return self.folder
         place = os.dup(self._place)
         if stay:
             adopt_orphans()
@@ -368,8 +425,12 @@ class Vsockd:
     def _save(self) -> tuple[Saved, list[int]]:
         writer = self._writer
         writer.find_parties(self.fabric)
+        state = self._save_with(writer) | {"is_held": self._in_flight is not None}
+        return state, writer.descriptors
+
+    def _save_with(self, writer: Writer) -> Saved:
         lifeline = None if self._lifeline is None else writer.descriptor(self._lifeline)
-        state = {
+        return {
             "lock": writer.descriptor(self._lock),
             "place": writer.descriptor(self._place),
             "lifeline": lifeline,
@@ -379,7 +440,6 @@ class Vsockd:
             "control": self._control.save(writer),
             **save_broker(writer, self.broker),
         }
-        return state, writer.descriptors
 
     def _on_succession(self, reason: str) -> None:
         if not reason:
@@ -399,6 +459,9 @@ class Vsockd:
         Raises ConfigurationError when it is invalid; then the current settings remain in force.
         """
         self.contexts.configure(load(self._configuration))
+        if self.broker.journal is not None:
+            self.broker.journal.row("values", 1, pickle.dumps(self.fabric.settings))
+            self.broker.journal.commit()
 
     def status(self) -> dict[str, Any]:
         """Return vsockd's pid, folder, configuration, uptime in seconds, and counts."""
@@ -406,6 +469,7 @@ class Vsockd:
             "pid": os.getpid(),
             "folder": str(self.folder),
             "configuration": str(self._configuration),
+            "holder": None if self._in_flight is None else os.getppid(),
             "uptime": round(time.time() - self._started, 1),
             **reports.status(self.broker),
         }

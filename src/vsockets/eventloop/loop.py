@@ -238,7 +238,7 @@ class Acceptor:
         self.listener = listener
         self._who = who
         # The C method, which typeshed leaves out: avoids an object that lives for microseconds.
-        self._accept = listener._accept  # type: ignore[attr-defined]
+        self.accept: Callable[[], tuple[int, object]] = listener._accept  # type: ignore[attr-defined]
         self._admit = admit
         self._watch()
 
@@ -253,7 +253,7 @@ class Acceptor:
 
     def _ready(self, events: int) -> None:
         try:
-            fd, _ = self._accept()
+            fd, _ = self.accept()
         except BlockingIOError:
             return  # the client has closed the connection already
         except OSError as error:

@@ -52,6 +52,8 @@ class Fabric:
         #: counts of leased contexts that have been removed
         self.departed = Counts()
         self.last_number = 0
+        #: numbers of removed connections are added to it, unless it is None
+        self.ended: list[int] | None = None
 
     # Binding
 
@@ -247,6 +249,8 @@ class Fabric:
         """Remove a connection and release its port.  Does nothing if it was already removed."""
         connection = self.connections.pop(number, None)
         if connection is not None:
+            if self.ended is not None:
+                self.ended.append(number)
             context, port, cookie = connection.context, connection.local[1], connection.cookie
             if context.connected.get(port) is connection:
                 del context.connected[port]

@@ -56,7 +56,8 @@ class PrivateFabric:
 
     Any number of fabrics can run at the same time.  ``folder`` is the state folder; the default is
     a new temporary one with a short path, which is removed at the end.  vsockd is configured by the
-    files in ``configuration``, which is empty at first.
+    files in ``configuration``, which is empty at first.  vsockd is not started again when it is
+    killed, unless ``restarts`` allows that so many times a minute; then nothing is lost.
     """
 
     folder: Path  #: the state folder
@@ -66,8 +67,13 @@ class PrivateFabric:
     hypervisor: Attachment  #: the context of the hypervisor's services, CID 0
 
     def __init__(
-        self, folder: str | os.PathLike[str] | None = None, log_level: str = "info"
+        self,
+        folder: str | os.PathLike[str] | None = None,
+        log_level: str = "info",
+        *,
+        restarts: int = 0,
     ) -> None:
+        self._restarts = restarts
         # TMPDIR may be too long for the path of a unix socket.
         self._scratch = Path(tempfile.mkdtemp(prefix="vsock-", dir=_short_temporary_folder()))
         self.folder = Path(folder) if folder is not None else self._scratch / "fabric"
@@ -234,6 +240,7 @@ class PrivateFabric:
                         *("--ready-fd", str(announce)),
                         *("--lifeline-fd", str(watched)),
                         *("--log-level", self._log_level),
+                        *("--restarts", str(self._restarts)),
                     ],
                     env=_environment_of_vsockd(),
                     stdin=subprocess.DEVNULL,

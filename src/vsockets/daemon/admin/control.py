@@ -38,6 +38,8 @@ from ..credentials import peer_credentials
 from ..device_link import DeviceLink
 from ..handover import Reader, Saved, Writer
 from ..hybrid_listener import PlayedHostLink
+from ..in_flight import IN_FLIGHT_MAX_BYTES, Step
+from ..journal import Journal
 from ..limits import CONTROL_REQUEST_MAX_BYTES, EVENTS_UNREAD_MAX_BYTES
 from . import reports
 from .audit import Events, Topic
@@ -104,8 +106,18 @@ class ControlSocket:
         """Stop accepting connections."""
         self._acceptor.close()
 
+    def resume(self) -> None:
+        """Answer requests that a vsockd which was killed has read."""
+        for session in list(self._sessions):
+            session.answer_received()
+
+    def find(self, fd: int) -> ControlSession | None:
+        """Return the connection with this descriptor, if there is one."""
+        return next((one for one in self._sessions if one.fileno() == fd), None)
+
     def _admit(self, fd: int) -> None:
-        self._begin(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM, 0, fd))
+        session = self._begin(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM, 0, fd))
+        session.record()
 
     def _begin(self, sock: _socket.socket) -> ControlSession:
         session = ControlSession(self._loop, self._handlers, sock, self._sessions.discard)
@@ -153,17 +165,59 @@ class ControlSession:
         self._descriptors: list[int] = []  # to send with the next reply
         loop.watch(sock.fileno(), self._ready)
 
+    def fileno(self) -> int:
+        """Return the connection's descriptor."""
+        return self._sock.fileno()
+
+    def record(self, left: tuple[Any, ...] | None = None) -> None:
+        """Record the connection, and all that its requests have changed, in the journal."""
+        journal = self._handlers.broker.journal
+        if journal is not None:
+            journal.row("sessions", self._sock.fileno(), self.save(journal.writer))
+            journal.commit(left)
+
     def _ready(self, events: int) -> None:
+        journal = self._handlers.broker.journal
+        if journal is not None:
+            self._ready_with_journal(journal)
+            return
         try:
             data = self._sock.recv(CONTROL_REQUEST_MAX_BYTES)
         except (BlockingIOError, ConnectionError):
             data = b""
+        if self._receive(data):
+            self.answer_received()
+
+    def _ready_with_journal(self, journal: Journal) -> None:
+        """Read requests; they are in the journal before they are removed from the socket."""
+        try:
+            data = self._sock.recv(IN_FLIGHT_MAX_BYTES, socket.MSG_PEEK)
+        except (BlockingIOError, ConnectionError):
+            data = b""
+        if not self._receive(data):
+            return
+        fd = self._sock.fileno()
+        journal.in_flight.begin(fd)
+        self.record(("consume", fd, len(data)))
+        journal.in_flight.consume(self._sock, len(data))
+        journal.in_flight.end()
+        self.answer_received()
+
+    def _receive(self, data: bytes) -> bool:
+        """Take what was read; return False if the connection was closed."""
         self._received += data
         if not data or len(self._received) > CONTROL_REQUEST_MAX_BYTES:
             self._close()
-            return
-        *lines, self._received = self._received.split(b"\n")
-        for line in lines:
+            return False
+        return True
+
+    def answer_received(self) -> None:
+        """Answer all requests that were read."""
+        while not self._awaits_replacement:
+            line, end, rest = self._received.partition(b"\n")
+            if not end:
+                return
+            self._received = rest
             answer = self._answer(line)
             if not (self._awaits_replacement or self._send(answer)):
                 return
@@ -171,10 +225,13 @@ class ControlSession:
     def _send(self, answer: dict[str, Any]) -> bool:
         """Send an answer; return False if the connection was closed."""
         data = json.dumps(answer).encode() + b"\n"
+        journal = self._handlers.broker.journal
         # Replies fit the socket's buffer, or vsockd waits for the administrator to read.
         self._sock.settimeout(1.0)
         try:
-            if self._descriptors:
+            if journal is not None and len(data) <= IN_FLIGHT_MAX_BYTES:
+                self._send_once(journal, data)
+            elif self._descriptors:
                 rights = array.array("i", self._descriptors)
                 self._sock.sendmsg([data], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, rights)])
             else:
@@ -186,7 +243,28 @@ class ControlSession:
             while self._descriptors:
                 os.close(self._descriptors.pop())
         self._sock.setblocking(False)
+        if journal is not None:
+            journal.in_flight.end()
         return True
+
+    def _send_once(self, journal: Journal, data: bytes) -> None:
+        fd = self._sock.fileno()
+        passed = self._descriptors[0] if self._descriptors else -1
+        journal.in_flight.begin(fd)
+        self.record(("answer", fd, data, passed))
+        self.send_once(data, passed)
+
+    def consume_once(self, size: int) -> None:
+        """Remove what was read from the socket, unless it has been removed."""
+        journal = self._handlers.broker.journal
+        assert journal is not None
+        journal.in_flight.consume(self._sock, size)
+
+    def send_once(self, data: bytes, passed: int) -> None:
+        """Send an answer, with a descriptor if ``passed`` is one, unless it has been sent."""
+        journal = self._handlers.broker.journal
+        assert journal is not None
+        journal.in_flight.send(Step.REPLY, self._sock, data, passed)
 
     def save(self, writer: Writer) -> Saved:
         """Return the connection for the next vsockd."""
@@ -238,12 +316,16 @@ class ControlSession:
             return {"error": describe(error), "errno": error.errno}
 
     def _close(self) -> None:
-        self._loop.unwatch(self._sock.fileno())
+        fd = self._sock.fileno()
+        self._loop.unwatch(fd)
         self._handlers.events.unsubscribe(self._send_event)
-        self._sock.close()
         self._ended(self)
         for context in self._leases:
             self._handlers.contexts.end_lease(context)
+        if (journal := self._handlers.broker.journal) is not None:
+            journal.row("sessions", fd, None)
+            journal.commit()
+        self._sock.close()
 
     # Contexts
 

@@ -1,0 +1,366 @@
+"""The journal: what vsockd has, in memory that outlives vsockd.
+
+It begins with everything, in the form of :mod:`.handover`.  Each entry after that has what one
+request, or one other event, has changed: rows ``(table, number, row)``, with None for a row that
+was removed.  An entry is written before the reply to the request is sent, with what is left to do
+for the request (:mod:`.in_flight`).  When the entries take more space than the beginning, a new
+journal replaces it.
+
+The journal is a memory file among the descriptors that vsockd shares with its holder: it lasts as
+long as the descriptors that it names, needs no space on a disk, and is open to no other user.  An
+entry counts when the file's length field includes it, so one that was not complete when vsockd was
+killed does not.  Each has a checksum: a journal that is damaged is not used.
+"""
+
+from __future__ import annotations
+
+import _socket
+import marshal
+import mmap
+import os
+import struct
+from collections.abc import Callable, Iterator
+from typing import Any, Protocol
+from weakref import WeakSet
+from zlib import crc32
+
+from ..eventloop.loop import EventLoop
+from ..fabric import Connection, Context, Endpoint, Fabric
+from .handover import Saved, Writer, save_connections, save_context, save_endpoint
+from .in_flight import InFlight
+from .limits import DAEMON_JOURNAL_LEAST_BYTES
+
+#: The journal's length in bytes, with the length's checksum, at its start.
+_LENGTH = struct.Struct("Q")
+#: Before each entry.
+_HEADER = struct.Struct("II")  # length and checksum of the content
+_START = _LENGTH.size
+
+#: A changed row: table, number, and the row, or None if it was removed.
+Change = tuple[str, int, Any]
+#: What is left to do for a request: a word, the descriptor of its channel, and more.
+Left = tuple[Any, ...]
+
+
+class KeptChannel(Protocol):
+    """The part of a channel that the journal uses."""
+
+    endpoint: Endpoint | None
+    sock: _socket.socket
+
+    def save(self, writer: Writer) -> Saved:
+        """Return the channel for the next vsockd."""
+
+
+class AnnouncingListener(Protocol):
+    """The part of a listener that the journal uses."""
+
+    @property
+    def channel(self) -> KeptChannel:
+        """The channel of the listener."""
+
+    @property
+    def next_token(self) -> int:
+        """The descriptor of a socket for the next connection, or -1."""
+
+
+class KeptLink(Protocol):
+    """The part of a link to a device or relay that the journal uses."""
+
+    @property
+    def is_open(self) -> bool:
+        """True until the link is closed."""
+
+    def save(self, writer: Writer) -> Saved:
+        """Return the link for the next vsockd."""
+
+
+class JournalDamaged(Exception):
+    """A journal that cannot be used; the text says what to do."""
+
+
+class Log:
+    """A memory file with entries."""
+
+    def __init__(self, size: int) -> None:
+        """Create an empty log with space for ``size`` bytes, which grows when needed."""
+        self.fd = os.memfd_create("vsockd-journal", os.MFD_CLOEXEC)
+        os.ftruncate(self.fd, _START + size)
+        self._map = mmap.mmap(self.fd, _START + size)
+        self.end = _START
+        self.include(_START)
+
+    def append(self, content: bytes) -> int:
+        """Write an entry, which counts once :meth:`include` is called; return its end."""
+        at = self.end + _HEADER.size
+        end = at + len(content)
+        if end > len(self._map):
+            self._map.resize(2 * end)
+        self._map[at:end] = content
+        _HEADER.pack_into(self._map, self.end, len(content), crc32(content))
+        return end
+
+    def include(self, end: int) -> None:
+        """Let the entry that ends at ``end`` count."""
+        # One store: it happens, or it does not.
+        _LENGTH.pack_into(self._map, 0, end | _checksum_of(end) << 32)
+        self.end = end
+
+    def close(self) -> None:
+        """Close the file."""
+        self._map.close()
+        os.close(self.fd)
+
+
+def _checksum_of(length: int) -> int:
+    return crc32(length.to_bytes(4, "little"))
+
+
+def read_entries(fd: int) -> Iterator[tuple[Any, Left | None, int]]:
+    """Return the entries of the journal ``fd``: changes, what was left to do, and its number.
+
+    Raises JournalDamaged.
+    """
+    size = os.fstat(fd).st_size
+    if size < _START:
+        raise _damaged(f"its size is {size}")
+    with mmap.mmap(fd, size) as content:
+        (length,) = _LENGTH.unpack_from(content)
+        length, checksum = length & 0xFFFF_FFFF, length >> 32
+        at = _START
+        if not _START < length <= size or checksum != _checksum_of(length):
+            raise _damaged(f"its length field has {length}, its size is {size}")
+        while at < length:
+            begin = at + _HEADER.size
+            if begin > length:
+                raise _damaged(f"the entry at {at} exceeds it")
+            number, wanted = _HEADER.unpack_from(content, at)
+            at = begin + number
+            data = content[begin:at]
+            if at > length or crc32(data) != wanted:
+                raise _damaged(f"the entry at {begin} has a wrong length or checksum")
+            try:
+                yield marshal.loads(data)
+            except (EOFError, ValueError, TypeError) as error:
+                raise _damaged(f"the entry at {begin} is invalid: {error}") from None
+
+
+def _damaged(problem: str) -> JournalDamaged:
+    advice = "vsockd has ended, and its sockets with it: start it again (vsock up)"
+    return JournalDamaged(f"the journal is damaged: {problem}; {advice}")
+
+
+class Journal:
+    """The journal of this vsockd, and the rows that its next entry will have."""
+
+    def __init__(
+        self,
+        in_flight: InFlight,
+        loop: EventLoop,
+        fabric: Fabric,
+        save: Callable[[Writer], Saved],
+        save_handle: Callable[[Writer, object], Any],
+    ) -> None:
+        """Start without a file; ``save`` returns everything that vsockd has."""
+        self.in_flight = in_flight
+        self._loop = loop
+        self._fabric = fabric
+        self._fabric.ended = []
+        self._save = save
+        self._save_handle = save_handle
+        self._log: Log | None = None
+        self._limit = 0
+        self._serial = 0  # of the last entry with something left to do
+        self._replaces = False  # True: a new journal is to be begun
+        self._channels: dict[KeptChannel, None] = {}
+        #: channels that a link refers to, and that are dropped without the link's forgetting them
+        self._handed_off: WeakSet[KeptChannel] = WeakSet()
+        self._endpoints: dict[Endpoint, None] = {}
+        self._links: dict[KeptLink, None] = {}
+        self._changes: list[Change] = []
+        self._ended: list[int] = []
+        self.writer = Writer(fabric, lasting=True)
+
+    def begin(self, left: Left | None = None, serial: int = 0) -> None:
+        """Begin a new journal with everything that vsockd has now, instead of the old one.
+
+        ``left`` is what the vsockd before has left to do, and ``serial`` the number of its entry.
+        """
+        self._serial = max(self._serial, serial)
+        self.writer = writer = Writer(self._fabric, lasting=True)
+        content = marshal.dumps((self._save(writer), left, serial))
+        before = self._log
+        self._limit = 2 * len(content) + DAEMON_JOURNAL_LEAST_BYTES
+        log = self._log = Log(self._limit + _HEADER.size)
+        log.include(log.append(content))
+        self.in_flight.memory.journal = log.fd  # one store
+        if before is not None:
+            before.close()
+        self._channels.clear()
+        self._endpoints.clear()
+        self._links.clear()
+        self._changes.clear()
+        self._ended.clear()
+        self._fabric.ended = self._ended
+        self._replaces = False
+
+    def _begin_if_needed(self) -> None:
+        if self._replaces:
+            self.begin()
+
+    # Changes
+
+    def channel(self, channel: KeptChannel) -> None:
+        """Record ``channel``, and its endpoint, in the next entry."""
+        self._channels[channel] = None
+        self._handed_off.discard(channel)
+        if channel.endpoint is not None:
+            self._endpoints[channel.endpoint] = None
+
+    def endpoint(self, endpoint: Endpoint) -> None:
+        """Record ``endpoint`` in the next entry."""
+        self._endpoints[endpoint] = None
+
+    def forget(self, channel: KeptChannel) -> None:
+        """Record that ``channel`` is not kept any longer."""
+        self._channels.pop(channel, None)
+        number = self.writer.channels.pop(channel, None)
+        if number is not None:
+            self._changes.append(("channels", number, None))
+
+    def link(self, link: KeptLink) -> None:
+        """Record a link to a device or relay in the next entry."""
+        self._links[link] = None
+
+    def forget_link(self, link: KeptLink) -> None:
+        """Record that ``link`` is closed."""
+        self._links.pop(link, None)
+        number = self.writer.links.pop(link, None)
+        if number is not None:
+            self._changes.append(("links", number, None))
+
+    def row(self, table: str, number: int, row: object) -> None:
+        """Record a row in the next entry; None for one that was removed."""
+        self._changes.append((table, number, row))
+
+    def context(self, context: Context, is_present: bool, listeners: Saved | None) -> None:
+        """Record a context, and its control sockets, in the next entry."""
+        self.row("contexts", context.cid, save_context(context) if is_present else None)
+        self.row("listeners", context.cid, listeners)
+        self.row("values", 0, self._fabric.contexts.following)
+
+    def commit(self, left: Left | None = None) -> None:
+        """Write an entry with the changes since the last one, and what is ``left`` to do then.
+
+        Nothing is written without changes.
+        """
+        if self._channels or self._endpoints or self._links:
+            self._save_changed()
+        if self._ended:
+            self._changes += [("connections", number, None) for number in self._ended]
+            self._ended.clear()
+        if self._changes:
+            self._write(left)
+
+    def connected(
+        self,
+        channel: KeptChannel,
+        connection: Connection,
+        bound: Endpoint | None,
+        target: AnnouncingListener,
+        flags: int,
+    ) -> None:
+        """Write an entry for a connect that is to be completed: see :meth:`.Broker.complete`.
+
+        ``bound`` is the endpoint that the connecting socket had, if any.
+        """
+        self.forget(channel)
+        if bound is not None:
+            self.endpoint(bound)
+        row = save_connections(self.writer, (connection,))[0]
+        self._changes.append(("connections", connection.number, row))
+        listener = self.writer.channel(target.channel)
+        fd, token = channel.sock.fileno(), target.next_token
+        self.commit(("connect", fd, connection.number, listener, flags, token))
+
+    def completed(self, connection: Connection) -> None:
+        """Record in the next entry that a device or relay has accepted a connection."""
+        self._endpoints[connection.listener] = None
+        row = save_connections(self.writer, (connection,))[0]
+        self._changes.append(("connections", connection.number, row))
+
+    def dropped(self, channel: KeptChannel) -> None:
+        """Write an entry for a channel that is to be closed; then call :meth:`closed`."""
+        self.in_flight.memory.doomed = channel.sock.fileno()
+        if channel not in self._handed_off:
+            self.forget(channel)
+        if channel.endpoint is not None:
+            self.endpoint(channel.endpoint)
+        self.commit()
+
+    def closed(self) -> None:
+        """Record that the dropped channel's descriptor, which may be reused now, is closed."""
+        self.in_flight.memory.doomed = -1
+
+    def end_request(self) -> None:
+        """Write what the request being served has changed, and finish it."""
+        self.commit()
+        self.in_flight.end()
+
+    def pending(
+        self, channel: KeptChannel, connection: Connection, target: KeptLink, record: bytes
+    ) -> None:
+        """Write an entry for a connection that is handed off to a device or relay."""
+        self.forget(channel)
+        self._endpoints[connection.listener] = None
+        self._links[target] = None
+        row = save_connections(self.writer, (connection,))[0]
+        self._changes.append(("pending", connection.number, row))
+        self._handed_off.add(channel)
+        number = self.writer.channel(channel)
+        assert number is not None
+        # vsockd does not have the socket then.
+        row = {**channel.save(self.writer), "socket": None, "kept": False}
+        self._changes.append(("channels", number, row))
+        fd = channel.sock.fileno()
+        self.commit(("offer", fd, self.writer.link(target), record))
+
+    def _save_changed(self) -> None:
+        writer = self.writer
+        known, known_channels = len(writer.endpoints), len(writer.channels)
+        for link in self._links:
+            if link.is_open:
+                number = writer.link(link)
+                assert number is not None
+                self._changes.append(("links", number, link.save(writer)))
+        for channel in [*self._channels, *list(writer.channels)[known_channels:]]:
+            if channel in self._channels or channel.sock.fileno() < 0:
+                number = writer.channel(channel)
+                kept = channel in self._channels
+                assert number is not None
+                self._changes.append(("channels", number, {**channel.save(writer), "kept": kept}))
+        for endpoint in [*self._endpoints, *list(writer.endpoints)[known:]]:
+            number = writer.endpoint(endpoint)
+            assert number is not None
+            handle = self._save_handle(writer, endpoint.handle)
+            self._changes.append(
+                ("endpoints", number, save_endpoint(writer, endpoint) | {"handle": handle})
+            )
+        self._channels.clear()
+        self._endpoints.clear()
+        self._links.clear()
+
+    def _write(self, left: Left | None) -> None:
+        log = self._log
+        assert log is not None
+        if left is None:
+            end = log.append(marshal.dumps((self._changes, None, 0)))
+        else:
+            self._serial += 1
+            end = log.append(marshal.dumps((self._changes, left, self._serial)))
+            self.in_flight.memory.request.committed = self._serial
+        log.include(end)
+        self._changes.clear()
+        if end > self._limit and not self._replaces:
+            self._replaces = True  # not in the middle of a request
+            self._loop.call_later(0, self._begin_if_needed)
