@@ -149,6 +149,7 @@ def test_the_daemon_of_a_guest(vsock: Vsock, service: Running, guest: Attachment
         assert service.error_line() == f"guest {cid}: VMware Tools are running"
         table = vsock("guestinfo", "ls").stdout.split("\n")[1].split()
         assert table == [cid, "running", "web.example", "192.0.2.7", "-"]
+        assert "running, web.example, 192.0.2.7" in vsock("context", "ls", "-v").stdout
         halting = vsock.start("guestinfo", "send", cid, "halt")
         assert tools.receive() == b"OS_Halt"
         tools.send(encode(b"OK "))

@@ -9,7 +9,9 @@ from typing import Any
 import click
 
 from ..fabric.settings import Profile
+from ..guestrpc.client import RequestFailed, request
 from ..model.address import parse_cid, parse_port
+from ..state_folder import default_folder
 from ..vmware import VmxError, read_vmx
 from .connect import administrator
 from .groups import command, group
@@ -132,7 +134,8 @@ def add(
     "-v",
     "--verbose",
     is_flag=True,
-    help="Also show whether a context is leased or has reserved ports, and its folder.",
+    help="Also show whether a context is leased or has reserved ports, what its VMware Tools claim "
+    "(vsock guestinfo), and its folder.",
 )
 def ls(as_json: bool, verbose: bool) -> None:
     """List the contexts that programs can run in."""
@@ -151,12 +154,32 @@ def ls(as_json: bool, verbose: bool) -> None:
         Column("WAITING", right=True, spare=2),
         Column("DENIALS", right=True),
     ]
+    claims = {}
     if verbose:
-        columns += [Column("LEASED"), Column("RESERVED PORTS"), Column("FOLDER", whole=False)]
-    print_table(columns, (_row(one)[: len(columns)] for one in contexts))
+        columns += [Column("LEASED"), Column("RESERVED PORTS"), Column("VMWARE TOOLS", least=12)]
+        columns += [Column("FOLDER", whole=False)]
+        claims = _claims()
+    rows = (_row(one, claims.get(one["cid"], "")) for one in contexts)
+    print_table(columns, (row[: len(columns)] for row in rows))
 
 
-def _row(context: dict[str, Any]) -> tuple[object, ...]:
+def _claims() -> dict[int, str]:
+    """Return what the VMware Tools of guests claim, by CID; empty unless the service runs."""
+    names = "host name", "address", "OS"
+    try:
+        guests = request(default_folder(), "list")
+    except (OSError, RequestFailed):
+        return {}
+    return {
+        one["cid"]: ", ".join(
+            ("running" if one["running"] else "not running",)
+            + tuple(one["claims"][name] for name in names if name in one["claims"])
+        )
+        for one in guests
+    }
+
+
+def _row(context: dict[str, Any], claims: str) -> tuple[object, ...]:
     usage, limits = context["usage"], context["limits"]
 
     def used(what: str) -> str:
@@ -176,6 +199,7 @@ def _row(context: dict[str, Any]) -> tuple[object, ...]:
         sum(context["denials"].values()),
         "leased" if context["leased"] else "",
         "granted" if context["reserved_ports"] else "",
+        claims,
         context["folder"],
     )
 
