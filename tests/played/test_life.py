@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 
 import vsockets
@@ -127,6 +129,21 @@ def test_kill_leaves_a_stale_socket(fabric: PrivateFabric) -> None:
         machine.restore()
         with machine.connect(5000):
             server.accept()[0].close()
+
+
+def test_connects_that_wait_are_reset_by_a_kill(fabric: PrivateFabric) -> None:
+    machine = fabric.played("cloud-hypervisor")
+    machine.pause()
+    with ThreadPoolExecutor(20) as pool, ask(machine, b"CONNECT 5000\n") as host:
+        calls = [pool.submit(call, machine, 52) for _ in range(20)]
+        machine.kill()
+        assert ended(host) in ("end", "reset")
+        for one in calls:
+            with pytest.raises(ConnectionResetError):
+                one.result()
+    machine.reboot()
+    with listen(machine, 52) as server, call(machine, 52):
+        server.accept()[0].close()
 
 
 @pytest.mark.parametrize("hypervisor", ["firecracker", "qemu", "nitro"])

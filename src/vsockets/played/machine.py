@@ -273,10 +273,11 @@ class Device:
             self._loop.unwatch(fd)
             os.close(fd)
 
-    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         task = asyncio.get_running_loop().create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+        return task
 
     # Connections from the host
 
@@ -354,18 +355,16 @@ class Device:
         if not self.is_open or len(self.connections) >= self.personality.connections:
             self._refuse(request)
         else:
-            self._spawn(self._connect_to_host(request))
+            task = self._spawn(self._connect_to_host(request))
+            # A task that is cancelled before it has begun does not run at all.
+            task.add_done_callback(lambda done: self._refuse(request) if done.cancelled() else None)
 
     def _refuse(self, request: ConnectRequest) -> None:
         self._fabric.settle(request, error=errno.ECONNRESET)
         request.sock.close()
 
     async def _connect_to_host(self, request: ConnectRequest) -> None:
-        try:
-            await self.running.wait()
-        except asyncio.CancelledError:
-            self._refuse(request)
-            raise
+        await self.running.wait()  # the only wait: a cancelled task has not replied
         strike = self._faults.next(f"connect of machine {self.cid} to port {request.port}")
         sock = stdlib.socket(stdlib.AF_UNIX)
         sock.setblocking(False)
