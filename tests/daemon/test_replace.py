@@ -42,8 +42,9 @@ from vsockets.protocol.client import local_cid
 from vsockets.state_folder import LOCK
 from vsockets.testing import FabricFailed, PrivateFabric, wait_until
 
-from .raw_client import descriptors
+from .raw_client import SIZES, ask, descriptors, enter
 from .test_device_link import Device
+from .test_named_sockets import SECRET, Holder
 
 PATIENCE = 10.0
 
@@ -247,6 +248,20 @@ def state_of(fabric: Fabric) -> object:
         for one in fabric.connections.values()
     }
     return connections, set(context.connected), set(context.cookies), context.party_of(0).sockets
+
+
+def test_a_port_stays_that_a_refused_connect_has_taken_from_its_holder(
+    fabric: PrivateFabric,
+) -> None:
+    holder = Holder(fabric.host, 6000)
+    with enter(fabric.host) as sock:
+        connect = Request(Op.CONNECT, 0, 0, 0, 2, 9, 0, *SIZES, 0, SECRET)
+        assert ask(sock, connect).status == errno.ECONNRESET
+        holder.close()
+        before = fabric.control.sockets()
+        fabric.control.replace()
+        assert fabric.control.sockets() == before
+        assert [(row["port"], row["state"]) for row in before] == [(6000, "bound")]
 
 
 def test_pending_connections_of_a_supervised_server_are_counted(

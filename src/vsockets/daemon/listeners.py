@@ -120,7 +120,8 @@ class NamedListener(Listener):
         return {
             **super().save(writer),
             "name": self._named.name,
-            "node": writer.descriptor(self._named.node),
+            # An endpoint that a connect has moved refers to its listener after that has closed.
+            "node": None if self._named.node < 0 else writer.descriptor(self._named.node),
             "type": self._type,
             "tokens": tokens,
             "next_token": writer.descriptor_of(self._next_token if kept else None),
@@ -301,7 +302,8 @@ def restore_listener(reader: Reader, channel: Channel, saved: Saved) -> Listener
     if saved["class"] == AnnouncedListener.__name__:
         listener = AnnouncedListener(channel)
     else:
-        named = NamedSocket(saved["name"], reader.descriptors[saved["node"]])
+        node = -1 if saved["node"] is None else reader.descriptors[saved["node"]]
+        named = NamedSocket(saved["name"], node)
         listener = NamedListener(channel, named, saved["type"])
     listener.restore(reader, saved)
     return listener

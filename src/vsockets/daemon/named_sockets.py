@@ -91,7 +91,7 @@ class NamedSocket:
     """A program's socket, reachable through its name; vsockd does not have it open."""
 
     name: str  #: the socket's name in the folder that only vsockd can enter
-    node: int  #: an O_PATH descriptor of ``name``
+    node: int  #: an O_PATH descriptor of ``name``; -1 once the path is closed
 
     @property
     def path(self) -> str:
@@ -117,6 +117,7 @@ class NamedSocket:
     def close(self) -> None:
         """Close the path to the socket."""
         os.close(self.node)
+        self.node = -1  # the number is another descriptor's from now on
 
 
 @functools.cache
