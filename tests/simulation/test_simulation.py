@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 from collections.abc import Callable
 from time import monotonic
@@ -320,9 +321,15 @@ def closed_listener_is_handed_over(patch: pytest.MonkeyPatch) -> None:
             endpoint.handle = handle
 
     patch.setattr(Broker, "_drop", faulty)
+    closed_path_is_handed_over(patch)
 
 
-NAMED_FAULTS: list[Plant] = [closed_listener_is_handed_over]
+def closed_path_is_handed_over(patch: pytest.MonkeyPatch) -> None:
+    """Found by this simulator: the same, for a port that a refused connect has moved."""
+    patch.setattr(NamedSocket, "close", lambda self: os.close(self.node))
+
+
+NAMED_FAULTS: list[Plant] = [closed_listener_is_handed_over, closed_path_is_handed_over]
 
 DATAGRAM_FAULTS: list[Plant] = [route_is_revoked_twice, closed_socket_keeps_its_routes]
 
@@ -382,6 +389,7 @@ FIRST_SEEDS: dict[Plant, int] = {
     any_holder_releases: 20,
     closed_link_is_handed_over_once: 54,
     closed_listener_is_handed_over: 74,
+    closed_path_is_handed_over: 475,
     domains_are_ignored: 10,
     fault_tolerance_of_the_destination: 15,
     full_link_unbinds: 230,
