@@ -244,3 +244,139 @@ def test_a_state_file_that_is_no_database(vsock: Vsock, tmp_path: Path) -> None:
 def test_a_second_service_is_refused(vsock: Vsock, service: Running, tmp_path: Path) -> None:
     said = vsock("guestinfo", "serve", "--state", tmp_path / "other", expect=1).stderr
     assert "cannot listen on vsock:0:976: Address already in use" in said
+
+
+def test_the_end_of_a_service_that_is_about_to_be_restarted(vsock: Vsock, service: Running) -> None:
+    """A signal that arrives while no process serves is not lost."""
+    for _ in range(2):
+        wait_until(lambda: bool(_children(service.process.pid)), "a process that serves")
+        os.kill(_children(service.process.pid)[0], signal.SIGKILL)
+        while "was ended by signal 9" not in service.error_line():
+            pass  # the other process may have begun to serve
+    service.process.send_signal(signal.SIGTERM)
+    service.finish()
+    assert not (vsock.folder / "guestinfo").exists()
+
+
+def _become_daemon(tools: PlayedTools) -> None:
+    assert tools.receive() == b"reset"
+    tools.send(encode(b"OK ATR toolbox\0"))
+    for _ in range(3):
+        assert tools.receive()
+        tools.send(encode(b"OK "))
+
+
+def test_a_guest_that_is_enabled_twice_and_disabled(
+    vsock: Vsock, service: Running, guest: Attachment
+) -> None:
+    cid = str(guest.cid)
+    vsock("guestinfo", "enable", cid)
+    with PlayedTools(guest, TCLO_PORT) as tools:
+        _become_daemon(tools)
+        assert "are running" in service.error_line()
+        vsock("guestinfo", "enable", cid)
+        assert json.loads(vsock("guestinfo", "ls", "--json").stdout)[0]["running"]
+        vsock("guestinfo", "disable", cid)
+        with contextlib.suppress(ConnectionResetError):
+            assert tools.receive() == b""
+    vsock("guestinfo", "enable", cid)
+    assert "no VMware Tools" in vsock("guestinfo", "send", cid, "halt", expect=1).stderr
+
+
+def _restart(service: Running) -> None:
+    os.kill(_children(service.process.pid)[0], signal.SIGKILL)
+    assert "starting another one" in service.error_line()
+    while "serving" not in (line := service.error_line()):
+        assert "was removed: disabled" in line
+
+
+@pytest.mark.parametrize("has_file", [False, True])
+def test_a_cid_that_another_guest_gets(
+    fabric: PrivateFabric, vsock: Vsock, service: Running, tmp_path: Path, has_file: bool
+) -> None:
+    """Another guest gets none of the variables; the same machine has its own again."""
+    vmx = tmp_path / "web.vmx"
+    vmx.write_text('displayName = "web"\n')
+    enable = ("--vmx", vmx) if has_file else ()
+    added = fabric.control.add_context(reserved_ports=True)
+    cid = added["cid"]
+    vsock("guestinfo", "enable", cid, *enable)
+    assert ask(vsockets.attach(added["folder"]), b"info-set guestinfo.userdata secret") == b"1 "
+    fabric.control.remove_context(cid)
+    again = vsockets.attach(fabric.control.add_context(cid=cid, reserved_ports=True)["folder"])
+    with contextlib.suppress(ConnectionResetError):
+        assert ask(again, b"info-get guestinfo.userdata") == b""
+    assert "was removed: disabled" in service.error_line()
+    assert "does not take part" in vsock("guestinfo", "get", cid, "userdata", expect=1).stderr
+    _restart(service)
+    vsock("guestinfo", "enable", cid, *enable)
+    expected = b"1 secret" if has_file else b"0 No value found"
+    assert ask(again, b"info-get guestinfo.userdata") == expected
+    fabric.control.remove_context(cid)
+
+
+def test_a_context_that_is_removed_while_no_process_serves(
+    fabric: PrivateFabric, vsock: Vsock, service: Running
+) -> None:
+    cid = fabric.control.add_context()["cid"]
+    vsock("guestinfo", "enable", cid)
+    (child,) = _children(service.process.pid)
+    os.kill(child, signal.SIGSTOP)
+    fabric.control.remove_context(cid)
+    _restart(service)
+    assert json.loads(vsock("guestinfo", "ls", "--json").stdout) == []
+
+
+def test_a_guest_with_many_requests_delays_no_other(
+    fabric: PrivateFabric, vsock: Vsock, guest: Attachment, tmp_path: Path
+) -> None:
+    service = vsock.start("guestinfo", "serve", "--verbose", "--state", tmp_path / "state")
+    assert "serving" in service.error_line()
+    other = fabric.control.add_context()
+    for cid in (guest.cid, other["cid"]):
+        vsock("guestinfo", "enable", cid)
+    busy = PlayedTools(guest, RPCI_PORT, 1000)
+    with busy, PlayedTools(vsockets.attach(other["folder"]), RPCI_PORT) as tools:
+        assert tools.ask(b"log first") == b"1 "
+        assert "first" in service.error_line()
+        (child,) = _children(service.process.pid)
+        os.kill(child, signal.SIGSTOP)
+        busy.send(encode(b"info-set guestinfo.a 1") * 500 + encode(b"log last"))
+        tools.send(encode(b"info-get guestinfo.a"))
+        tools.send(encode(b"log second"))
+        os.kill(child, signal.SIGCONT)
+        assert "second" in service.error_line()
+        assert "last" in service.error_line()
+    fabric.control.remove_context(other["cid"])
+
+
+def test_a_binary_value_of_nearly_the_largest_size(
+    vsock: Vsock, service: Running, guest: Attachment, tmp_path: Path
+) -> None:
+    vsock("guestinfo", "enable", guest.cid)
+    data = tmp_path / "data"
+    data.write_bytes(b"\xff" * 1_000_000)
+    vsock("guestinfo", "set", guest.cid, "a", "--file", data)
+    assert ask(guest, b"info-get guestinfo.a") == b"1 " + data.read_bytes()
+    data.write_bytes(b"\xff" * 2_000_000)
+    said = vsock("guestinfo", "set", guest.cid, "a", "--file", data, expect=1).stderr
+    assert said == "vsock: too many bytes of variables, expected at most 1048576\n"
+
+
+def test_the_file_is_private_and_of_one_fabric(vsock: Vsock, tmp_path: Path) -> None:
+    state = tmp_path / "state"
+    state.touch(0o644)
+    service = vsock.start("guestinfo", "serve", "--state", state)
+    assert "serving" in service.error_line()
+    found = {one.name: one.stat().st_mode & 0o777 for one in tmp_path.iterdir()}
+    assert found == dict.fromkeys(found, 0o600)
+    assert (vsock.folder / "guestinfo").stat().st_mode & 0o777 == 0o600
+    service.process.send_signal(signal.SIGTERM)
+    service.finish()
+    said = vsock("guestinfo", "serve", "--state", "/dev/null", expect=1).stderr
+    assert said == "vsock: --state /dev/null: not a regular file\n"
+    vsock.environment["XDG_STATE_HOME"] = os.fspath(tmp_path)  # VSOCKETS_DIR is set
+    service = vsock.start("guestinfo", "serve")
+    assert "serving" in service.error_line()
+    assert list((tmp_path / "vsock").glob("guestinfo-*"))
+    assert not (tmp_path / "vsock" / "guestinfo").exists()

@@ -129,6 +129,11 @@ def test_claims_are_shown_as_text(stage: Stage) -> None:
     assert stage.guest.capabilities == {"tools.capability.softpowerop_retry": ""}
 
 
+def test_an_option_of_a_guest_is_short(stage: Stage) -> None:
+    """An option is queued for the guest's own tools, which may read nothing."""
+    assert stage.ask(b"vmx.set_option synctime " + b"x" * 2000) == b"0 Permission denied"
+
+
 def test_capabilities_are_limited(stage: Stage) -> None:
     for number in range(1000):
         assert stage.ask(b"vmx.capability.%d 1" % number) == b"1 "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import resource
 import sqlite3
 from pathlib import Path
 
@@ -31,11 +32,10 @@ def test_a_guest_reads_its_own_value_before_the_hosts(path: Path) -> None:
 def test_a_redaction_outlives_the_service_and_new_values_of_the_host(path: Path) -> None:
     with Variables(path) as variables:
         variables.admit(7, "a.vmx", "{}")
-        variables.replace(7, {NAME: b"secret"})
+        variables.admit(7, "a.vmx", "{}", {NAME: b"secret"})
         variables.set(7, Writer.GUEST, NAME, b"---")
     with Variables(path) as variables:
-        variables.admit(7, "a.vmx", '{"may_set": false}')
-        variables.replace(7, {NAME: b"secret"})
+        variables.admit(7, "a.vmx", '{"may_set": false}', {NAME: b"secret"})
         assert variables.get(7, NAME) == b"---"
         assert variables.guests() == {7: '{"may_set": false}'}
 
@@ -91,3 +91,37 @@ def test_a_file_that_is_no_database(path: Path) -> None:
         database.execute("PRAGMA user_version = 9")
     with pytest.raises(sqlite3.DatabaseError, match="layout 9, expected 1"):
         Variables(other)
+
+
+def test_a_disk_that_was_full(path: Path) -> None:
+    """A write fails as a whole, and the next one succeeds once there is room."""
+    with Variables(path) as variables:
+        variables.admit(7, "", "{}")
+        variables.set(7, Writer.GUEST, NAME, b"before")
+        soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+        for room in (0, 8192, 100_000):
+            wal = path.with_name(path.name + "-wal").stat().st_size
+            resource.setrlimit(resource.RLIMIT_FSIZE, (wal + room, hard))
+            try:
+                with pytest.raises(sqlite3.Error):
+                    variables.set(7, Writer.GUEST, NAME, bytes(500_000))
+            finally:
+                resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+            assert variables.get(7, NAME) == b"before"
+        variables.set(7, Writer.GUEST, NAME, b"after")
+    with Variables(path) as variables:
+        assert variables.get(7, NAME) == b"after"
+
+
+def test_a_file_that_another_service_uses(path: Path) -> None:
+    with Variables(path), pytest.raises(sqlite3.OperationalError, match="locked"):
+        Variables(path)
+
+
+def test_permissions_are_kept_if_values_are_refused(path: Path) -> None:
+    with Variables(path) as variables:
+        variables.admit(7, "a.vmx", "{}", {NAME: b"a"})
+        with pytest.raises(VariableRefused):
+            variables.admit(7, "b.vmx", "other", {NAME: bytes(2_000_000)})
+        assert variables.guests() == {7: "{}"}
+        assert variables.get(7, NAME) == b"a"

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import base64
 import dataclasses
+import errno
 import gzip
+import hashlib
 import logging
 import os
-import sqlite3
+import stat
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -59,7 +61,8 @@ def guestinfo() -> None:
     "--state",
     metavar="FILE",
     help="File that keeps the guests' variables. "
-    "Default: vsock/guestinfo in XDG_STATE_HOME or ~/.local/state.",
+    "Default: vsock/guestinfo in XDG_STATE_HOME or ~/.local/state; another one for each "
+    "VSOCKETS_DIR.",
 )
 @verbose_option
 @log_format_option
@@ -76,10 +79,10 @@ def serve(state: Path | None, verbose: bool, log_format: str) -> None:
     with administrator(start=True):
         pass
     folder = default_folder()
-    path = state or _default_state()
+    path = state or _default_state(folder)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.touch(mode=0o600)
+        _make_private(path)
     except OSError as error:
         raise CliError(f"--state {path}: {error.strerror}") from None
     log = logging.getLogger("vsockets.guestinfo")
@@ -88,10 +91,7 @@ def serve(state: Path | None, verbose: bool, log_format: str) -> None:
         log.log(logs.NOTICE, "serving VMware Tools at CID 0, ports 976 and 975")
 
     context = Attachment(folder / str(VMADDR_CID_HYPERVISOR))
-    try:
-        sys.exit(service.run(context, path, folder / CONTROL, ready))
-    except sqlite3.Error as error:
-        raise CliError(f"--state {path}: {error}") from None
+    sys.exit(service.run(context, path, folder / CONTROL, ready))
 
 
 @guestinfo.command("enable")
@@ -104,7 +104,8 @@ def serve(state: Path | None, verbose: bool, log_format: str) -> None:
 def enable(cid: int, vmx: Path | None) -> None:
     """Let a guest's tools take part, as no guest may by itself.
 
-    Variables of the guest that had this CID before are removed if it had another .vmx file.
+    Variables of the guest that had this CID before are removed if it had another .vmx file, or
+    none and its context was removed.  A guest whose context is removed is disabled.
     """
     admit(cid, vmx)
 
@@ -286,6 +287,23 @@ def _ask(do: str, **given: Any) -> Any:
         ) from None
 
 
-def _default_state() -> Path:
+def _make_private(path: Path) -> None:
+    """Create the file if it is missing, and let its owner alone read it.  Raises OSError."""
+    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NONBLOCK, 0o600)
+    try:
+        found = os.fstat(fd)
+        if not stat.S_ISREG(found.st_mode):
+            raise OSError(errno.EINVAL, "not a regular file")
+        if found.st_mode & 0o077:
+            os.fchmod(fd, 0o600)
+    finally:
+        os.close(fd)
+
+
+def _default_state(fabric: Path) -> Path:
+    """Return the path of a fabric's file: the same CID is another guest in another fabric."""
     folder = os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state"
-    return Path(folder, "vsock", "guestinfo")
+    name = "guestinfo"
+    if "VSOCKETS_DIR" in os.environ:
+        name += "-" + hashlib.sha256(os.fsencode(fabric.absolute())).hexdigest()[:16]
+    return Path(folder, "vsock", name)

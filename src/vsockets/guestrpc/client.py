@@ -9,7 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from ..state_folder import connect_to
-from .limits import GUESTRPC_COMMAND_TIMEOUT_SECONDS
+from .limits import (
+    GUESTRPC_COMMAND_TIMEOUT_SECONDS,
+    GUESTRPC_CONTROL_MAX_BYTES,
+    GUESTRPC_HOST_VARIABLES_MAX_BYTES,
+)
 
 #: The name of the service's control socket, in the fabric's state folder.
 CONTROL = "guestinfo"
@@ -24,10 +28,14 @@ def request(folder: Path, do: str, **given: Any) -> Any:
 
     Raises RequestFailed when the service refuses it, OSError when the service cannot be reached.
     """
+    line = json.dumps({"do": do, **given}).encode() + b"\n"
+    if len(line) > GUESTRPC_CONTROL_MAX_BYTES:
+        most = GUESTRPC_HOST_VARIABLES_MAX_BYTES
+        raise RequestFailed(f"too many bytes of variables, expected at most {most}")
     with socket.socket(socket.AF_UNIX) as sock:
         sock.settimeout(2 * GUESTRPC_COMMAND_TIMEOUT_SECONDS)
         connect_to(sock.connect, os.fspath(folder / CONTROL))
-        sock.sendall(json.dumps({"do": do, **given}).encode() + b"\n")
+        sock.sendall(line)
         with sock.makefile("rb") as replies:
             line = replies.readline()
     if not line:

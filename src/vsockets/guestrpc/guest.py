@@ -15,7 +15,11 @@ from dataclasses import dataclass, field
 from .. import logs
 from ..model.text import printable
 from ..vmware import Vmx
-from .limits import GUESTRPC_CAPABILITIES_MAX, GUESTRPC_CLAIM_MAX_CHARACTERS
+from .limits import (
+    GUESTRPC_CAPABILITIES_MAX,
+    GUESTRPC_CLAIM_MAX_CHARACTERS,
+    GUESTRPC_OPTION_MAX_BYTES,
+)
 from .variables import PREFIX, VariableRefused, Variables, Writer, full_name
 
 log = logging.getLogger("vsockets.guestinfo")
@@ -135,7 +139,7 @@ class Requests:
                 return self._get(guest, is_root, rest)
             case b"info-set":
                 return self._set(guest, is_root, rest)
-            case b"vmx.set_option" if is_root:
+            case b"vmx.set_option" if is_root and len(rest) <= GUESTRPC_OPTION_MAX_BYTES:
                 name, _, values = rest.partition(b" ")
                 self._set_option(guest, name + b" " + values.rpartition(b" ")[2])
                 return b"1 "

@@ -32,6 +32,9 @@ GUESTRPC_PACKET_TIMEOUT_SECONDS = 10.0
 #: Seconds in which a guest's tools have to answer a command: they run scripts before some answers.
 GUESTRPC_COMMAND_TIMEOUT_SECONDS = 30.0
 
+#: Bytes of an option that a guest has its own tools set: those that are known have about 20.
+GUESTRPC_OPTION_MAX_BYTES = 1024
+
 #: Commands queued for one guest: an administrator sends one at a time.
 GUESTRPC_COMMANDS_MAX = 16
 
@@ -42,8 +45,9 @@ GUESTRPC_CAPABILITIES_MAX, GUESTRPC_CLAIM_MAX_CHARACTERS = 64, 256
 #: second.
 GUESTRPC_HEARTBEAT_SECONDS = 10.0
 
-#: Bytes of a request at the control socket: all variables of a guest, as JSON and base64.
-GUESTRPC_CONTROL_MAX_BYTES = 4 * GUESTRPC_HOST_VARIABLES_MAX_BYTES
+#: Bytes of a request at the control socket: all variables of a guest, as JSON, which has up to six
+#: characters for a byte, and the names around them.
+GUESTRPC_CONTROL_MAX_BYTES = 7 * GUESTRPC_HOST_VARIABLES_MAX_BYTES
 
 #: Seconds until a service process that has died is started again: at once the first time.
 GUESTRPC_RESTART_SECONDS = 1.0

@@ -18,8 +18,8 @@ import signal
 import socket as stdlib
 import sqlite3
 import time
-from collections import Counter
-from collections.abc import Callable, Sequence
+from collections import Counter, defaultdict
+from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -28,7 +28,10 @@ from .. import logs
 from .._linux.folders import SocketFile
 from .._linux.libc import check, libc
 from ..attachment import ContextHandle
+from ..control import Control, Events
 from ..eventloop.asyncio_server import AsyncioAcceptor, Listener, open_listener
+from ..eventloop.rebind import REBIND_FIRST_PAUSE_SECONDS
+from ..eventloop.retry import Backoff
 from ..eventloop.service import run_service
 from ..model.constants import VMADDR_CID_HYPERVISOR
 from ..model.locator import Vsock
@@ -52,6 +55,9 @@ LOCATORS = Vsock(VMADDR_CID_HYPERVISOR, RPCI_PORT), Vsock(VMADDR_CID_HYPERVISOR,
 _CHUNK = 65_536
 _PR_SET_PDEATHSIG = 1
 
+#: The signals that end the service.
+_SIGNALS = signal.SIGTERM, signal.SIGINT
+
 
 class ControlError(Exception):
     """A request at the control socket that cannot be carried out; the message says why."""
@@ -69,16 +75,23 @@ class GuestService:
     ) -> None:
         """Serve at ``listeners``, those of :data:`LOCATORS`, and at the unix socket ``control``.
 
-        ``context`` is the hypervisor's.  Raises OSError or sqlite3.Error.
+        ``context`` is the hypervisor's, and the folder of ``control`` is the fabric's.
+
+        Raises OSError or sqlite3.Error.
         """
         self._variables = variables
+        self._folder = control.parent
+        self._events: Events | None = None  #: None while vsockd does not run
+        self._backoff = Backoff(REBIND_FIRST_PAUSE_SECONDS)
         self._guests = {
             cid: Guest(cid, Permissions(**json.loads(text)))
             for cid, text in variables.guests().items()
         }
         self._channels: dict[int, CommandChannel] = {}  # those of daemons that obey commands
         self._counts: Counter[int] = Counter()
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._turns: defaultdict[int, asyncio.Lock] = defaultdict(asyncio.Lock)
+        self._tasks: dict[asyncio.Task[None], Guest] = {}
+        self._follow_contexts()
         self._requests = Requests(variables, self._set_option)
         self._control_file = SocketFile(control)
         self._control = stdlib.socket(stdlib.AF_UNIX)
@@ -112,6 +125,7 @@ class GuestService:
             await run_service(ready)
         finally:
             server.close()
+            self._unfollow_contexts()
             self._control_file.remove()
             self._control_file.close()
             for acceptor in self._acceptors:
@@ -119,6 +133,79 @@ class GuestService:
             for task in self._tasks:
                 task.cancel()
             await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    # Contexts
+
+    def _follow_contexts(self) -> None:
+        """Notice the removal of contexts from now on; retry while vsockd does not run.
+
+        A guest whose context was removed meanwhile takes part no longer either: its CID may be
+        another guest's by now.
+        """
+        loop = asyncio.get_running_loop()
+        try:
+            self._events = Events(self._folder, ("context",))
+            loop.add_reader(self._events.fileno(), self._notice_removed)
+            self._forget_all_without_context()
+        except OSError:
+            self._unfollow_contexts()
+            loop.call_later(self._backoff.next_pause(), self._follow_contexts)
+        else:
+            self._backoff.reset()
+
+    def _unfollow_contexts(self) -> None:
+        if self._events is not None:
+            asyncio.get_running_loop().remove_reader(self._events.fileno())
+            self._events.close()
+            self._events = None
+
+    def _forget_all_without_context(self) -> None:
+        with Control(self._folder) as control:
+            present = {row["cid"] for row in control.contexts()}
+        for cid in self._guests.keys() - present:
+            self._forget_removed(cid)
+
+    def _notice_removed(self) -> None:
+        """Forget the guests whose contexts have been removed.
+
+        Called also before a connection or a request is handled, which may be of the CID's next
+        guest.
+        """
+        if self._events is None:
+            return
+        try:
+            events = self._events.take()
+        except OSError:
+            events = None
+        if events is None:
+            self._unfollow_contexts()
+            self._follow_contexts()
+            return
+        for event in events:
+            if event["change"] == "removed":
+                self._forget_removed(event["cid"])
+        if any(event["missed"] for event in events):
+            with contextlib.suppress(OSError):  # vsockd has ended: the next event
+                self._forget_all_without_context()
+
+    def _forget_removed(self, cid: int) -> None:
+        if self._forget(cid):
+            log.log(logs.NOTICE, "guest %d: its context was removed: disabled", cid)
+            try:
+                self._variables.retire(cid)
+            except sqlite3.Error as error:
+                log.error("guest %d: %s", cid, error)
+
+    def _forget(self, cid: int) -> bool:
+        """Let a guest take part no longer, and close its connections; False without the guest."""
+        guest = self._guests.pop(cid, None)
+        if guest is None:
+            return False
+        self._turns.pop(cid, None)
+        for task, of in self._tasks.items():
+            if of is guest:
+                task.cancel()
+        return True
 
     # Guests
 
@@ -128,6 +215,7 @@ class GuestService:
         except OSError:
             sock.close()
             return
+        self._notice_removed()
         guest = self._guests.get(cid)
         if guest is None:
             log.info("guest %d: refused: it does not take part", cid, extra=logs.rare(cid))
@@ -136,8 +224,8 @@ class GuestService:
         else:
             self._counts[cid] += 1
             task = asyncio.ensure_future(self._serve(serve, guest, port, sock))
-            self._tasks.add(task)
-            task.add_done_callback(self._tasks.discard)
+            self._tasks[task] = guest
+            task.add_done_callback(self._served)
             return
         sock.close()
 
@@ -157,8 +245,9 @@ class GuestService:
             pass  # the guest has closed the connection
         except sqlite3.Error as error:
             log.error("guest %d: %s", guest.cid, error, extra=logs.rare(guest.cid))
-        finally:
-            self._counts[guest.cid] -= 1
+
+    def _served(self, task: asyncio.Task[None]) -> None:
+        self._counts[self._tasks.pop(task).cid] -= 1  # also of one cancelled before it began
 
     async def _serve_requests(
         self, guest: Guest, port: int, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
@@ -166,17 +255,25 @@ class GuestService:
         decoder = Decoder()
         while data := await _read(reader, decoder.is_within):
             for packet in decoder.feed(data):
-                if packet.is_ping:
-                    continue
-                writer.write(encode(self._answer(guest, port, packet)))
-                async with asyncio.timeout(GUESTRPC_PACKET_TIMEOUT_SECONDS):
-                    await writer.drain()
+                async with self._turn(guest):
+                    if not packet.is_ping:
+                        writer.write(encode(self._answer(guest, port, packet)))
+                await _drain(writer)
+
+    @contextlib.asynccontextmanager
+    async def _turn(self, guest: Guest) -> AsyncIterator[None]:
+        """Handle one packet in the with block, then let the other guests have one handled each.
+
+        However many packets and connections a guest has, another one waits for one packet of it:
+        a variable is on the disk before its reply.
+        """
+        async with self._turns[guest.cid]:
+            yield
+            await asyncio.sleep(0)
 
     def _answer(self, guest: Guest, port: int, packet: Packet) -> bytes:
         if packet.is_too_long:
             return b"0 Value too long"
-        if guest is not self._guests.get(guest.cid):
-            raise PacketError("it does not take part any longer")
         return self._requests.answer(guest, port, packet.payload)
 
     async def _serve_commands(
@@ -191,8 +288,10 @@ class GuestService:
                 GUESTRPC_COMMAND_TIMEOUT_SECONDS if channel.is_waiting else None,
             ):
                 for packet in decoder.feed(data):
-                    guest.heard = time.monotonic()
-                    channel.receive(packet)
+                    async with self._turn(guest):
+                        guest.heard = time.monotonic()
+                        channel.receive(packet)
+                    await _drain(writer)  # the guest reads a command before it gets another one
         finally:
             if self._channels.get(guest.cid) is channel:
                 del self._channels[guest.cid]
@@ -231,6 +330,7 @@ class GuestService:
         writer.close()
 
     async def _carry_out(self, do: str, cid: int = 0, **given: Any) -> Any:
+        self._notice_removed()
         if do == "list":
             return [self._described(guest) for _, guest in sorted(self._guests.items())]
         if do == "admit":
@@ -243,7 +343,7 @@ class GuestService:
         match do:
             case "remove":
                 self._variables.remove(cid)
-                del self._guests[cid]
+                self._forget(cid)
                 return None
             case "variables":
                 return [
@@ -268,11 +368,14 @@ class GuestService:
         values: dict[str, str] | None = None,
     ) -> None:
         allowed = Permissions(**permissions or {})
-        self._variables.admit(cid, identity, json.dumps(dataclasses.asdict(allowed)))
+        encoded = None
         if values is not None:
             encoded = {full_name(name): _encoded(value) for name, value in values.items()}
-            self._variables.replace(cid, encoded)
-        self._guests[cid] = Guest(cid, allowed)
+        text = json.dumps(dataclasses.asdict(allowed))
+        if not self._variables.admit(cid, identity, text, encoded):
+            self._forget(cid)  # another machine had the CID
+        guest = self._guests.setdefault(cid, Guest(cid))
+        guest.permissions = allowed
 
     def _described(self, guest: Guest) -> dict[str, Any]:
         silent = time.monotonic() - guest.heard
@@ -294,8 +397,14 @@ class GuestService:
                 answered.set_result(given)
 
         channel.command(STATE_CHANGES[change], answer)
-        async with asyncio.timeout(GUESTRPC_COMMAND_TIMEOUT_SECONDS):
-            text = await answered
+        try:
+            async with asyncio.timeout(GUESTRPC_COMMAND_TIMEOUT_SECONDS):
+                text = await answered
+        except TimeoutError:
+            limit = f"{GUESTRPC_COMMAND_TIMEOUT_SECONDS:g} s"
+            raise ControlError(
+                f"guest {cid}: VMware Tools have not answered within {limit}"
+            ) from None
         if isinstance(text, CommandFailed):
             raise text
         return str(text.decode(errors="replace"))
@@ -314,6 +423,12 @@ async def _read(
     """
     async with asyncio.timeout(GUESTRPC_PACKET_TIMEOUT_SECONDS if is_within else seconds):
         return await reader.read(_CHUNK)
+
+
+async def _drain(writer: asyncio.StreamWriter) -> None:
+    """Wait until the guest has read enough of what was sent.  Raises TimeoutError."""
+    async with asyncio.timeout(GUESTRPC_PACKET_TIMEOUT_SECONDS):
+        await writer.drain()
 
 
 # Processes
@@ -345,14 +460,18 @@ class _Keeper:
 
     def run(self) -> int:
         """Return the exit status of the last child."""
-        for number in (signal.SIGTERM, signal.SIGINT):
+        for number in _SIGNALS:
             signal.signal(number, self._forward)
+        keeper = os.getpid()
         while True:
             began = time.monotonic()
+            # Blocked until the child has handlers: a signal before that would be lost.
+            signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
             self._child = os.fork()
             if self._child == 0:
-                os._exit(self._serve())
-            if self._is_ending:  # the signal came before the process id was known
+                os._exit(self._begin(keeper))
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
+            if self._is_ending:  # the signal came while no child ran
                 os.kill(self._child, signal.SIGTERM)
             _, status = os.waitpid(self._child, 0)
             self._child = 0
@@ -361,6 +480,13 @@ class _Keeper:
                 return code if code >= 0 else 128 - code
             log.error("the serving process was ended by signal %d; starting another one", -code)
             time.sleep(max(0.0, GUESTRPC_RESTART_SECONDS - (time.monotonic() - began)))
+
+    def _begin(self, keeper: int) -> int:
+        """Serve in the child until the end; return the exit status."""
+        check(libc.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0))
+        if os.getppid() != keeper:  # killed before the prctl
+            return 1
+        return self._serve()
 
     def _forward(self, number: int, frame: FrameType | None) -> None:
         self._is_ending = True
@@ -375,16 +501,21 @@ def _serve_in_child(
     control: Path,
     ready: Callable[[], object],
 ) -> int:
-    check(libc.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0))
+    def begin() -> None:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
+        ready()
 
     async def serve() -> None:
         with Variables(state) as variables:
-            await GuestService(variables, listeners, context, control).run(ready)
+            await GuestService(variables, listeners, context, control).run(begin)
 
     try:
         asyncio.run(serve())
-    except (OSError, sqlite3.Error) as error:
+    except OSError as error:
         log.error("%s", error)
+        return 1
+    except sqlite3.Error as error:
+        log.error("--state %s: %s", state, error)
         return 1
     except BaseException:
         log.exception("unexpected error")

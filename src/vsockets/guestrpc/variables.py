@@ -78,10 +78,12 @@ class Variables:
 
         Raises sqlite3.Error, also for a file that is not such a database.
         """
-        self._database = sqlite3.connect(path or ":memory:", isolation_level=None)
+        self._database = sqlite3.connect(path or ":memory:", timeout=1, isolation_level=None)
         try:
             self._run = self._database.execute
             self._run("PRAGMA foreign_keys = ON")
+            # Another service with the same file would answer its own guests from it.
+            self._run("PRAGMA locking_mode = EXCLUSIVE")
             self._run("PRAGMA journal_mode = WAL")
             (layout,) = self._run("PRAGMA user_version").fetchone()
             if layout == 0:
@@ -109,23 +111,48 @@ class Variables:
 
     def guests(self) -> dict[int, str]:
         """Return the guests that take part: their permissions, as text, by CID."""
-        return dict(self._run("SELECT cid, permissions FROM guests ORDER BY cid"))
+        return dict(
+            self._run("SELECT cid, permissions FROM guests WHERE permissions != '' ORDER BY cid")
+        )
 
-    def admit(self, cid: int, identity: str, permissions: str) -> None:
-        """Let a guest take part.
+    def admit(
+        self,
+        cid: int,
+        identity: str,
+        permissions: str,
+        values: Mapping[str, bytes] | None = None,
+    ) -> bool:
+        """Let a guest take part; ``values`` replace all that the host has set for it.
 
         ``identity`` distinguishes machines that have the CID one after the other, for example the
-        path of the ``.vmx`` file: with another one, the guest starts without variables.
+        path of the ``.vmx`` file: with another one, the guest starts without variables.  Returns
+        False then.
+
+        Raises VariableRefused when a limit would be exceeded; nothing has changed then.
         """
         with self._transaction():
             found = self._run("SELECT identity FROM guests WHERE cid = ?", (cid,)).fetchone()
-            if found is not None and found != (identity,):
+            is_other = found is not None and found != (identity,)
+            if is_other:
                 self._run("DELETE FROM guests WHERE cid = ?", (cid,))
             self._run(
                 "INSERT INTO guests VALUES (?, ?, ?)"
                 " ON CONFLICT (cid) DO UPDATE SET permissions = excluded.permissions",
                 (cid, identity, permissions),
             )
+            if values is not None:
+                self._replace(cid, values)
+        return not is_other
+
+    def retire(self, cid: int) -> None:
+        """Let a guest take part no longer, as its context was removed.
+
+        Its variables stay for a machine with the same identity.  Without an identity they are
+        removed: another guest may get the CID.
+        """
+        with self._transaction():
+            self._run("DELETE FROM guests WHERE cid = ? AND identity = ''", (cid,))
+            self._run("UPDATE guests SET permissions = '' WHERE cid = ?", (cid,))
 
     def remove(self, cid: int) -> bool:
         """Remove a guest with its variables; return whether it took part."""
@@ -159,23 +186,16 @@ class Variables:
             self._put(cid, writer, name, value)
             self._require_room(cid, writer, most)
 
-    def replace(self, cid: int, values: Mapping[str, bytes]) -> None:
-        """Replace all that the host has set for a guest.
-
-        Raises VariableRefused when a limit would be exceeded; nothing is replaced then.
-        """
-        with self._transaction():
-            self._run(
-                "DELETE FROM variables WHERE cid = ? AND writer = ?", (cid, Writer.HOST.value)
-            )
-            for name, value in values.items():
-                self._put(cid, Writer.HOST, name, value)
-            self._require_room(cid, Writer.HOST, None)
-
     def unset(self, cid: int, name: str) -> bool:
         """Remove a variable, of both writers; return whether it existed."""
         removed = self._run("DELETE FROM variables WHERE cid = ? AND name = ?", (cid, name))
         return removed.rowcount > 0
+
+    def _replace(self, cid: int, values: Mapping[str, bytes]) -> None:
+        self._run("DELETE FROM variables WHERE cid = ? AND writer = ?", (cid, Writer.HOST.value))
+        for name, value in values.items():
+            self._put(cid, Writer.HOST, name, value)
+        self._require_room(cid, Writer.HOST, None)
 
     def _put(self, cid: int, writer: Writer, name: str, value: bytes) -> None:
         self._run(
