@@ -20,7 +20,12 @@ from ..logs import Throttle
 from ..model.constants import VMADDR_CID_ANY, VMADDR_CID_HOST, VMADDR_PORT_ANY
 from ..model.text import printable
 from ..socket import socket
-from .limits import VM_NOTIFY_CONNECTIONS_MAX, VM_NOTIFY_MAX_BYTES, VM_NOTIFY_TIMEOUT_SECONDS
+from .limits import (
+    VM_NOTIFY_CONNECTIONS_MAX,
+    VM_NOTIFY_MAX_BYTES,
+    VM_NOTIFY_SHOWN_MAX_CHARACTERS,
+    VM_NOTIFY_TIMEOUT_SECONDS,
+)
 
 #: Attempts to find a port that is free for both kinds of sockets.
 _ATTEMPTS = 20
@@ -99,13 +104,15 @@ class ReadinessReports:
             async with asyncio.timeout(VM_NOTIFY_TIMEOUT_SECONDS):
                 while data := await self._loop.sock_recv(sock, VM_NOTIFY_MAX_BYTES):
                     self._handle(data)
+                    await asyncio.sleep(0)  # sock_recv() lets others run only if it has to wait
 
     def _handle(self, data: bytes) -> None:
         """Handle the fields of one message; unknown ones are ignored, as by systemd."""
         for line in data.decode(errors="replace").split("\n"):
             name, _, value = line.partition("=")
             if name in _SHOWN and self._throttle.admit(self._cid) is not None:
-                self._report(f"guest: {_SHOWN[name]}{printable(value)}")
+                shown = printable(value[:VM_NOTIFY_SHOWN_MAX_CHARACTERS])
+                self._report(f"guest: {_SHOWN[name]}{shown}")
             elif line == "READY=1" and not self.is_ready:
                 self.is_ready = True
                 self._ready()

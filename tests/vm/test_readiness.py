@@ -1,0 +1,34 @@
+"""Reports of a guest's systemd from guests that are hostile; test_run boots one with systemd."""
+
+from __future__ import annotations
+
+import asyncio
+import socket as stdlib
+
+import vsockets
+from vsockets.testing import PrivateFabric
+from vsockets.vm.limits import VM_NOTIFY_SHOWN_MAX_CHARACTERS
+from vsockets.vm.readiness import ReadinessReports
+
+
+def test_hostile_reports(vsock_fabric: PrivateFabric) -> None:
+    """Reports of another guest are ignored, and long ones are shortened."""
+    guest, other = vsock_fabric.guest(), vsock_fabric.guest()
+
+    async def receive() -> list[str]:
+        lines: list[str] = []
+        ready = asyncio.Event()
+        reports = ReadinessReports(vsock_fabric.host, guest.cid, lines.append, ready.set)
+        with reports:
+            for context, text in (
+                (other, b"STATUS=other\nREADY=1"),
+                (guest, b"STATUS=" + b"\x1b" * 5000 + b"\nREADY=1"),
+            ):
+                with vsockets.socket(type=stdlib.SOCK_SEQPACKET, context=context) as sock:
+                    sock.connect((vsockets.VMADDR_CID_HOST, reports.port))
+                    sock.sendall(text)
+            await asyncio.wait_for(ready.wait(), 20)
+        return lines
+
+    shown = "\\x1b" * VM_NOTIFY_SHOWN_MAX_CHARACTERS
+    assert asyncio.run(receive()) == [f"guest: {shown}"]
