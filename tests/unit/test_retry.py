@@ -55,3 +55,18 @@ def test_a_second_run(
     assert run.returncode == status, run.stdout
     assert says in run.stdout
     assert does_not_say not in run.stdout
+
+
+def test_a_run_that_ended_at_the_first_failure_is_not_repeated(tmp_path: Path) -> None:
+    """A second run would pass although the other tests were not run."""
+    (tmp_path / "test_it.py").write_text(ONCE)
+    arguments = ["-x", "-p", "no:cacheprovider", "--rootdir", ".", "test_it.py"]
+    run = subprocess.run(
+        [sys.executable, RETRY, *arguments],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert run.returncode == 1, run.stdout
+    assert "running again" not in run.stdout
