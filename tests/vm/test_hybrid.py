@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import socket
 from collections.abc import Iterator
 from typing import Any
 
@@ -183,6 +184,62 @@ class TestToTheGuest:
         with dial(machine, 6003) as sock:
             sock.sendall(bytes(50_000))
         assert job.result() == 50_000
+
+
+class TestBesideThePlayedOne:
+    """What tests/played asserts of a played Firecracker, whose device this back end comes from."""
+
+    def ask(self, machine: HybridMachine, *pieces: bytes) -> socket.socket:
+        sock = socket.socket(socket.AF_UNIX)
+        sock.settimeout(PATIENCE)
+        sock.connect(str(machine.uds_path))
+        for piece in pieces:
+            sock.sendall(piece)
+        return sock
+
+    def test_ok_and_data(self, machine: HybridMachine) -> None:
+        job = machine.start("s, peer = listener(6100).accept(); result = s.recv(5), peer")
+        with dial_raw(self, machine, b"CONNECT 6100\n") as sock:
+            line = sock.recv(64)
+            sock.sendall(b"hello")  # in the same write as the line this back end would lose it
+            data, (cid, port) = job.result()
+            assert (data, cid) == (b"hello", 2)
+            # A difference: Firecracker's line has the port of the host's end, from 2**30 on.
+            assert line == b"OK 6100\n"
+            assert port < 1 << 30
+
+    def test_no_listener_ends_it(self, machine: HybridMachine) -> None:
+        with self.ask(machine, b"CONNECT 6199\n") as sock:
+            assert sock.recv(1) == b""
+
+    def test_a_line_in_pieces_ends_it(self, machine: HybridMachine) -> None:
+        with self.ask(machine, b"CONN") as sock:
+            assert sock.recv(1) == b""
+
+    def test_half_close_of_the_host_ends_both_directions(self, machine: HybridMachine) -> None:
+        job = machine.start(
+            """
+            s = listener(6101).accept()[0]
+            data = b''
+            while piece := s.recv(100): data += piece
+            try: s.sendall(b'answer'); result = data, 'sent'
+            except OSError as error: result = data, error.errno
+            """
+        )
+        with dial_raw(self, machine, b"CONNECT 6101\n") as sock:
+            assert sock.recv(3) == b"OK "
+            sock.sendall(b"request")
+            sock.shutdown(socket.SHUT_WR)
+            assert job.result() == (b"request", errno.EPIPE)
+
+
+def dial_raw(test: TestBesideThePlayedOne, machine: HybridMachine, line: bytes) -> socket.socket:
+    """Connect by ``line``; repeat it until the guest listens."""
+    while True:
+        sock = test.ask(machine, line)
+        if sock.recv(1, socket.MSG_PEEK):
+            return sock
+        sock.close()
 
 
 def test_device_is_killed_and_restarted(machine: HybridMachine) -> None:
