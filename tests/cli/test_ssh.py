@@ -165,3 +165,21 @@ def test_no_process_stays_between(ssh: Ssh, vsock: Vsock) -> None:
         session.stdin.write(b"still here")
         session.stdin.close()
         assert session.stdout.read() == b"still here"
+
+
+@pytest.mark.parametrize("host", ["vsock/", "vsock/any", "vsock/4294967295", ".vsock"])
+def test_a_host_that_names_no_context(vsock: Vsock, host: str) -> None:
+    """The empty name is not that of a context without a name."""
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        done = subprocess.run(
+            [sys.executable, "-m", "vsockets.cli", "ssh-proxy", host],
+            env=vsock.environment,
+            stdout=theirs.fileno(),
+            stderr=subprocess.PIPE,
+            text=True,
+            timeout=PATIENCE,
+            check=False,
+        )
+    assert done.returncode == 2
+    assert f"HOST {host}: expected " in done.stderr

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import click
 
+from ..model.constants import VMADDR_CID_ANY
 from ..model.locator import Locator, Vsock, parse_locator
 from .connect import administrator, own_context
 from .errors import CONNECT, CliError, cli_error
@@ -66,10 +67,13 @@ def _target(host: str, port: int) -> Locator:
         if kind == "vsock-mux" and slash:
             return parse_locator(f"vsock-mux/{rest}:{port}")
         if kind == "vsock" and slash:
-            return parse_locator(f"vsock:{rest}:{port}")
+            target = parse_locator(f"vsock:{rest}:{port}")
+            if isinstance(target, Vsock) and target.cid == VMADDR_CID_ANY:
+                raise click.UsageError(f"HOST {host}: expected the CID of one context")
+            return target
     except ValueError as error:
         raise click.UsageError(f"HOST {host}: {error}") from None
-    if not host.endswith(SUFFIX):
+    if not host.removesuffix(SUFFIX) or not host.endswith(SUFFIX):
         expected = f"expected vsock/CID, vsock-mux/PATH or NAME{SUFFIX}"
         raise click.UsageError(f"HOST {host}: {expected}")
     return Vsock(_cid_of(host.removesuffix(SUFFIX)), port)
