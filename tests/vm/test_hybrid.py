@@ -187,7 +187,7 @@ class TestToTheGuest:
 
 
 class TestBesideThePlayedOne:
-    """What tests/played asserts of a played Firecracker, whose device this back end comes from."""
+    """Facts that tests/played asserts of a played Firecracker: this back end is of its origin."""
 
     def ask(self, machine: HybridMachine, *pieces: bytes) -> socket.socket:
         sock = socket.socket(socket.AF_UNIX)

@@ -731,8 +731,7 @@ class Broker:
         device = channel.context.device
         assert device is not None
         with take_socket(channel, SOCK_DGRAM) as sock:
-            datagrams = self.datagrams.catch_all(channel.context, sock)
-            device.streams.set_datagrams(datagrams)
+            device.streams.set_datagrams(self.datagrams.catch_all(channel.context, sock))
             self._reply(channel, request, Record(0).encode(), was_read=True)
         return False
 
@@ -757,10 +756,7 @@ class Broker:
         return True
 
     def _local_cid(self, channel: Channel, request: Request) -> bool:
-        context = channel.context
-        flags = self._queries.trust_flags(channel, request)
-        record = Record(0, flags, context.cid, peer_cid=context.reported_cid)
-        self._reply(channel, request, record.encode())
+        self._reply(channel, request, self._queries.local_cid(channel, request))
         return False
 
     # Helpers of the operations

@@ -7,7 +7,7 @@ import errno
 
 from ..fabric import Connection, Context, Endpoint, EndpointKind, Fabric, Refused, trust_of
 from ..model.byte_meter import ByteMeter, Moved
-from ..protocol import Request, RequestFlag
+from ..protocol import Record, Request, RequestFlag
 from .channel import Channel
 from .datagrams import Datagrams
 from .listeners import encode_accepting, encode_connecting, encode_endpoint
@@ -69,7 +69,13 @@ class SocketQueries:
         if channel.credentials.uid in (0, owner.uid):
             report_bytes(stream, moved, now)
 
-    def trust_flags(self, channel: Channel, request: Request) -> int:
+    def local_cid(self, channel: Channel, request: Request) -> bytes:
+        """Return the record of the context's CID, of the CID to report instead, and of trust."""
+        context = channel.context
+        flags = self._trust_flags(channel, request)
+        return Record(0, flags, context.cid, peer_cid=context.reported_cid).encode()
+
+    def _trust_flags(self, channel: Channel, request: Request) -> int:
         """Return flags that report for which socket types the client's sockets are trusted.
 
         For a program of the host the guest is the one in the request, for other programs the
