@@ -50,9 +50,11 @@ test-replace: .venv/ready
 	PYTHONPATH=tests $(BIN)/pytest -p replacing tests/library --deselect tests/library/test_full_backlog.py \
 		--deselect tests/library/test_datagram.py::test_more_peers_than_cached_routes
 
-# vsockd is replaced a hundred times under ten thousand streams; about two minutes.
+# vsockd is replaced a hundred times under ten thousand streams, and killed fifty times under two
+# thousand; about three minutes.
 soak: .venv/ready
 	PYTHONPATH=tests $(BIN)/python -m daemon.soak
+	PYTHONPATH=tests $(BIN)/python -m daemon.soak --streams 2000 --listeners 200 --replacements 0 --kills 50
 
 # Two thousand seeds of the simulator, two minutes; docs/internals/simulation.md.
 simulate: .venv/ready

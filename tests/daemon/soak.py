@@ -1,4 +1,4 @@
-"""``make soak``: vsockd is replaced very often while very much goes on, and nothing is lost.
+"""``make soak``: vsockd is replaced and killed very often under load, and nothing is lost.
 
 Streams are echoed by a process with the listeners, and checked byte by byte by another one, which
 also connects, binds and sends datagrams all the time.  At the end every stream is checked, and what
@@ -13,6 +13,7 @@ import os
 import random
 import resource
 import select
+import signal
 import socket
 import statistics
 import sys
@@ -24,7 +25,7 @@ from pathlib import Path
 import vsockets
 from vsockets import AF_VSOCK, Attachment
 from vsockets.limits import DATAGRAM_ROUTES_MAX
-from vsockets.testing import PrivateFabric
+from vsockets.testing import PrivateFabric, wait_until
 
 _FIRST_PORT, _DATAGRAM_PORT = 10_000, 9_000
 _LIMITS = {"sockets": 100_000, "request_rate": 1_000_000, "pending_connects": 10_000}
@@ -135,10 +136,34 @@ def measure(fabric: PrivateFabric) -> dict[str, int]:
     return {name: status[name] for name in names} | {"memory": memory}
 
 
-def main(streams: int, listeners: int, replacements: int) -> int:
+def kill(fabric: PrivateFabric) -> None:
+    """Kill vsockd, and wait until its holder has started it again."""
+    pid = fabric.control.status()["pid"]
+    os.kill(pid, signal.SIGKILL)
+    wait_until(lambda: fabric.control.status()["pid"] != pid, "vsockd to be started again")
+
+
+def report(what: str, pauses: list[float]) -> None:
+    """Print the times in milliseconds."""
+    if pauses:
+        ordered = sorted(pauses)
+        print(
+            f"longest connect during {what}: median {statistics.median(pauses):.0f} ms, "
+            f"99 of 100 below {ordered[max(0, len(ordered) * 99 // 100 - 1)]:.0f} ms, "
+            f"all below {ordered[-1]:.0f} ms"
+        )
+
+
+def main(streams: int, listeners: int, replacements: int, kills: int) -> int:
     """Return 0 if nothing was lost."""
     allow_descriptors()
-    with PrivateFabric(log_level="error") as fabric, contextlib.ExitStack() as stack:
+    restarts = 1_000_000 if kills else 0
+    with (
+        PrivateFabric(log_level="error", restarts=restarts) as fabric,
+        contextlib.ExitStack() as stack,
+    ):
+        if kills:
+            fabric.expect_errors()
         guest = fabric.guest(limits=_LIMITS)
         ready, written = os.pipe()
         server = os.fork()
@@ -156,15 +181,22 @@ def main(streams: int, listeners: int, replacements: int) -> int:
         before = measure(fabric)
         for thread in load.threads:
             thread.start()
-        pauses = []
-        for number in range(replacements):
+        pauses: list[float] = []
+        killed: list[float] = []
+        for number in range(replacements + kills):
             time.sleep(random.random() / 4)
             load.longest = 0.0
-            fabric.control.replace()
-            time.sleep(0.05)
-            pauses.append(load.longest * 1000)
+            if number < replacements:
+                fabric.control.replace()
+                time.sleep(0.05)
+                pauses.append(load.longest * 1000)
+            else:
+                kill(fabric)
+                time.sleep(0.05)
+                killed.append(load.longest * 1000)
             if sys.stderr.isatty() or number % 10 == 9:
-                print(f"{number + 1} of {replacements}: {load.done}", file=sys.stderr, flush=True)
+                done = f"{number + 1} of {replacements + kills}: {load.done}"
+                print(done, file=sys.stderr, flush=True)
             if load.problems:
                 break
         load.ended.set()
@@ -177,13 +209,10 @@ def main(streams: int, listeners: int, replacements: int) -> int:
         os.waitpid(server, 0)
         stack.close()
         left = fabric.control.sockets()
-    print(f"{streams:,} streams, {listeners:,} listeners, {len(pauses)} replacements: {load.done}")
-    ordered = sorted(pauses)
-    print(
-        f"longest connect during a replacement: median {statistics.median(pauses):.0f} ms, "
-        f"99 of 100 below {ordered[len(ordered) * 99 // 100 - 1]:.0f} ms, "
-        f"all below {ordered[-1]:.0f} ms"
-    )
+    done = f"{len(pauses)} replacements, {len(killed)} kills: {load.done}"
+    print(f"{streams:,} streams, {listeners:,} listeners, {done}")
+    report("a replacement", pauses)
+    report("a kill", killed)
     for name in before:
         print(f"{name}: {before[name]:,} before, {after[name]:,} after")
         if abs(after[name] - before[name]) > (before[name] // 5 if name == "memory" else 5):
@@ -195,9 +224,10 @@ def main(streams: int, listeners: int, replacements: int) -> int:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description="Replace vsockd under load.")
+    parser = argparse.ArgumentParser(description="Replace and kill vsockd under load.")
     parser.add_argument("--streams", type=int, default=10_000)
     parser.add_argument("--listeners", type=int, default=1_000)
     parser.add_argument("--replacements", type=int, default=100)
+    parser.add_argument("--kills", type=int, default=0)
     arguments = parser.parse_args()
-    sys.exit(main(arguments.streams, arguments.listeners, arguments.replacements))
+    sys.exit(main(arguments.streams, arguments.listeners, arguments.replacements, arguments.kills))
