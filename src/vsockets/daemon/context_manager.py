@@ -390,12 +390,13 @@ class ContextManager:
 
     def end_lease(self, context: Context) -> None:
         """End one lease on ``context``; after the last one, power it off and remove it."""
-        context.leases -= 1
         if self._fabric.contexts.get(context.cid) is not context:
             return
-        if context.leases:
+        if context.leases > 1:
+            context.leases -= 1
             self._record(context)
             return
+        # It has its last lease until it is removed: vsockd may be killed before.
         if context.state is not State.OFF:
             self.change(context, Change.POWER_OFF)
         self._fabric.departed.add(context.counts)

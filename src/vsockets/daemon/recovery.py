@@ -97,8 +97,10 @@ class Killed:
         if self.left is not None and self.left[0] in ("answer", "connect"):
             passed = self.left[-1]
         recover_names()
+        accepted = [fd for fd in orphans if fd != passed and control.owns(fd)]
         for fd in orphans:
-            if fd not in clients and fd != passed and not recover_node(fd):
+            used = fd in clients or fd == passed or fd in accepted
+            if not used and not recover_node(fd):
                 os.close(fd)
         if doomed in clients:
             clients.pop(doomed).close()
@@ -113,6 +115,8 @@ class Killed:
             os.close(passed)
         close_recovered()
         self.in_flight.end()
+        for fd in accepted:
+            control.admit(fd)
 
     def _finish(
         self, broker: Broker, control: ControlSocket, clients: dict[int, socket.socket]

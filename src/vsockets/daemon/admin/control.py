@@ -88,7 +88,7 @@ class ControlSocket:
             with short_path(path) as spelled, file_mode(0o600):
                 listener.bind(spelled)
             listener.listen()
-        self._acceptor = Acceptor(loop, listener, "an administrator", self._admit)
+        self._acceptor = Acceptor(loop, listener, "an administrator", self.admit)
 
     def save(self, writer: Writer) -> Saved:
         """Return the socket and its connections for the next vsockd."""
@@ -115,7 +115,22 @@ class ControlSocket:
         """Return the connection with this descriptor, if there is one."""
         return next((one for one in self._sessions if one.fileno() == fd), None)
 
-    def _admit(self, fd: int) -> None:
+    def owns(self, fd: int) -> bool:
+        """Return whether ``fd`` is a connection to this socket."""
+        try:
+            sock = socket.socket(fileno=fd)
+        except OSError:
+            return False
+        try:
+            is_listening = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
+            return not is_listening and (
+                sock.getsockname() == self._acceptor.listener.getsockname()
+            )
+        finally:
+            sock.detach()
+
+    def admit(self, fd: int) -> None:
+        """Serve a connection that was accepted."""
         session = self._begin(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM, 0, fd))
         session.record()
 
