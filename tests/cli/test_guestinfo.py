@@ -96,9 +96,7 @@ def test_a_guest_takes_part_once_it_is_enabled(
     with PlayedTools(guest, RPCI_PORT) as tools, contextlib.suppress(OSError):
         assert tools.ask(b"info-get guestinfo.userdata") == b""
     refused = vsock("guestinfo", "set", cid, "a", "b", expect=1).stderr
-    assert (
-        refused == f"vsock: guest {cid} does not take part (first: vsock guestinfo enable {cid})\n"
-    )
+    assert refused == f"vsock: guest {cid} is not enabled (first: vsock guestinfo enable {cid})\n"
     vmx = tmp_path / "web.vmx"
     vmx.write_text(VMX)
     vsock("guestinfo", "enable", cid, "--vmx", vmx)
@@ -187,7 +185,7 @@ def test_hostile_guests_end_themselves_only(
     vsock("guestinfo", "enable", guest.cid)
     with PlayedTools(guest, RPCI_PORT) as bad, PlayedTools(guest, RPCI_PORT, 1022) as good:
         bad.send(b"\xff" * 100)
-        with contextlib.suppress(ConnectionResetError):
+        with contextlib.suppress(OSError):
             assert bad.receive() == b""
         assert good.ask(b"info-get guestinfo.a") == b"0 No value found"
         # Longer than any value: a reply, and not the end, which would kill the tools by SIGPIPE.
@@ -277,7 +275,7 @@ def test_a_guest_that_is_enabled_twice_and_disabled(
         vsock("guestinfo", "enable", cid)
         assert json.loads(vsock("guestinfo", "ls", "--json").stdout)[0]["running"]
         vsock("guestinfo", "disable", cid)
-        with contextlib.suppress(ConnectionResetError):
+        with contextlib.suppress(OSError):
             assert tools.receive() == b""
     vsock("guestinfo", "enable", cid)
     assert "no VMware Tools" in vsock("guestinfo", "send", cid, "halt", expect=1).stderr
@@ -304,10 +302,10 @@ def test_a_cid_that_another_guest_gets(
     assert ask(vsockets.attach(added["folder"]), b"info-set guestinfo.userdata secret") == b"1 "
     fabric.control.remove_context(cid)
     again = vsockets.attach(fabric.control.add_context(cid=cid, reserved_ports=True)["folder"])
-    with contextlib.suppress(ConnectionResetError):
+    with contextlib.suppress(OSError):
         assert ask(again, b"info-get guestinfo.userdata") == b""
     assert "was removed: disabled" in service.error_line()
-    assert "does not take part" in vsock("guestinfo", "get", cid, "userdata", expect=1).stderr
+    assert "is not enabled" in vsock("guestinfo", "get", cid, "userdata", expect=1).stderr
     _restart(service)
     vsock("guestinfo", "enable", cid, *enable)
     expected = b"1 secret" if has_file else b"0 No value found"

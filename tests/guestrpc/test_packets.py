@@ -71,7 +71,7 @@ INTEGER = struct.pack(">IIII", 1, 1, 1, 0)
         (INTEGER + struct.pack(">III", 2, 2, 9) + b"x", "a string of 9 bytes, expected 1 to 1"),
         (INTEGER + struct.pack(">III", 2, 2, 0xFFFF_FFFF) + b"x", "expected 1 to 1"),
         (INTEGER + struct.pack(">III", 3, 2, 1), "field 2 has type 3, expected 1 or 2"),
-        (INTEGER + struct.pack(">IIII", 1, 2, 1, 0), "the type of another"),
+        (INTEGER + struct.pack(">IIII", 1, 2, 1, 0), "expected the opposite"),
         (INTEGER + b"\0\0", "2 bytes left, expected a field"),
         (struct.pack(">III", 1, 1, 1), "4 bytes left, expected an integer"),
         (b"".join(struct.pack(">IIII", 1, n, 1, 0) for n in range(20)), "more than 16 fields"),

@@ -102,7 +102,7 @@ def serve(state: Path | None, verbose: bool, log_format: str) -> None:
     help="Take the guestinfo variables and their permissions from this .vmx file.",
 )
 def enable(cid: int, vmx: Path | None) -> None:
-    """Let a guest's tools take part, as no guest may by itself.
+    """Serve a guest's tools; no guest can enable itself.
 
     Variables of the guest that had this CID before are removed if it had another .vmx file, or
     none and its context was removed.  A guest whose context is removed is disabled.
@@ -175,7 +175,7 @@ def unset(cid: int, name: str) -> None:
 )
 @json_option
 def ls(cid: int | None, as_json: bool) -> None:
-    """List the guests that take part, with what their tools claim, or a guest's variables."""
+    """List the enabled guests, with what their tools claim, or a guest's variables."""
     if cid is None:
         _list_guests(as_json)
     else:
@@ -210,7 +210,7 @@ def described(vmx: Path) -> dict[str, Any]:
 
 
 def admit(cid: int, vmx: Path | None) -> None:
-    """Let a guest's tools take part.  Raises CliError or click.UsageError."""
+    """Have the service serve a guest's tools.  Raises CliError or click.UsageError."""
     _ask("admit", cid=cid, **({"identity": ""} if vmx is None else described(vmx)))
 
 

@@ -426,7 +426,7 @@ class _VMwareTools:
             guestinfo.described(vmx)
 
     def admit(self, cid: int) -> None:
-        """Let the tools take part.  Raises CliError if the service does not run."""
+        """Have them served.  Raises CliError if the service does not run."""
         guestinfo.admit(cid, self._vmx)
 
     def halt(self, cid: int) -> None:

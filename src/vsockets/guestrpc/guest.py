@@ -97,7 +97,7 @@ def variables_of(vmx: Vmx) -> dict[str, bytes]:
 
 @dataclass
 class Guest:
-    """A guest that takes part."""
+    """A guest that is enabled: its tools are served."""
 
     cid: int
     permissions: Permissions = field(default_factory=Permissions)

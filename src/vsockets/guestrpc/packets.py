@@ -85,7 +85,9 @@ def decode(fields: bytes) -> Packet:
     if kind not in (_DATA, _PING):
         raise PacketError(f"kind {kind!r}, expected {_DATA} (data) or {_PING} (ping)")
     if not isinstance(payload, bytes) or not isinstance(is_last, int):
-        raise PacketError("a field has the type of another, expected text and an integer")
+        raise PacketError(
+            "the payload is an integer or the third field text, expected the opposite"
+        )
     if kind == _DATA and not payload:
         raise PacketError("a data packet without payload")
     return Packet(payload if kind == _DATA else b"", kind == _PING, bool(is_last))

@@ -139,8 +139,8 @@ class GuestService:
     def _follow_contexts(self) -> None:
         """Notice the removal of contexts from now on; retry while vsockd does not run.
 
-        A guest whose context was removed meanwhile takes part no longer either: its CID may be
-        another guest's by now.
+        A guest whose context was removed meanwhile is disabled: its CID may be another guest's by
+        now.
         """
         loop = asyncio.get_running_loop()
         try:
@@ -197,7 +197,7 @@ class GuestService:
                 log.error("guest %d: %s", cid, error)
 
     def _forget(self, cid: int) -> bool:
-        """Let a guest take part no longer, and close its connections; False without the guest."""
+        """Disable a guest and close its connections; return False if it is not enabled."""
         guest = self._guests.pop(cid, None)
         if guest is None:
             return False
@@ -218,7 +218,7 @@ class GuestService:
         self._notice_removed()
         guest = self._guests.get(cid)
         if guest is None:
-            log.info("guest %d: refused: it does not take part", cid, extra=logs.rare(cid))
+            log.info("guest %d: refused: it is not enabled", cid, extra=logs.rare(cid))
         elif self._counts[cid] >= GUESTRPC_GUEST_CONNECTIONS_MAX:
             log.warning("guest %d: too many connections", cid, extra=logs.rare(cid))
         else:
@@ -337,9 +337,7 @@ class GuestService:
             return self._admit_guest(cid, **given)
         guest = self._guests.get(cid)
         if guest is None:
-            raise ControlError(
-                f"guest {cid} does not take part (first: vsock guestinfo enable {cid})"
-            )
+            raise ControlError(f"guest {cid} is not enabled (first: vsock guestinfo enable {cid})")
         match do:
             case "remove":
                 self._variables.remove(cid)

@@ -67,7 +67,7 @@ def full_name(text: str) -> str:
 
 
 class Variables:
-    """The variables of the guests that take part; a context manager.
+    """The variables of the guests that are enabled; a context manager.
 
     Methods that write have written when they return.  All raise sqlite3.Error when the file cannot
     be used, as on a full disk.
@@ -110,7 +110,7 @@ class Variables:
     # Guests
 
     def guests(self) -> dict[int, str]:
-        """Return the guests that take part: their permissions, as text, by CID."""
+        """Return the enabled guests: their permissions, as text, by CID."""
         return dict(
             self._run("SELECT cid, permissions FROM guests WHERE permissions != '' ORDER BY cid")
         )
@@ -122,7 +122,7 @@ class Variables:
         permissions: str,
         values: Mapping[str, bytes] | None = None,
     ) -> bool:
-        """Let a guest take part; ``values`` replace all that the host has set for it.
+        """Enable a guest; ``values`` replace all that the host has set for it.
 
         ``identity`` distinguishes machines that have the CID one after the other, for example the
         path of the ``.vmx`` file: with another one, the guest starts without variables.  Returns
@@ -145,7 +145,7 @@ class Variables:
         return not is_other
 
     def retire(self, cid: int) -> None:
-        """Let a guest take part no longer, as its context was removed.
+        """Disable a guest whose context was removed.
 
         Its variables stay for a machine with the same identity.  Without an identity they are
         removed: another guest may get the CID.
@@ -155,7 +155,7 @@ class Variables:
             self._run("UPDATE guests SET permissions = '' WHERE cid = ?", (cid,))
 
     def remove(self, cid: int) -> bool:
-        """Remove a guest with its variables; return whether it took part."""
+        """Remove a guest with its variables; return whether it was enabled."""
         return self._run("DELETE FROM guests WHERE cid = ?", (cid,)).rowcount == 1
 
     # Variables
