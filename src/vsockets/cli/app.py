@@ -33,7 +33,7 @@ SECTIONS: dict[str, dict[str, tuple[str, str]]] = {
     "Programs": {
         "run": ("run", "Run an unmodified program in a context."),
         "fabric": ("fabric", "Run a command in a fabric of its own, such as a test suite."),
-        "played": ("played", "Pause, restore and break machines of a played hypervisor."),
+        "played": ("played", "Pause, snapshot, restore and break machines of a played hypervisor."),
         "connect": ("netcat", "Connect to CID:PORT, and relay standard input and output."),
         "listen": ("netcat", "Accept a connection to PORT, and relay standard input and output."),
         "forward": ("forward", "Forward each client of FROM to TO, until SIGTERM or Ctrl-C."),
