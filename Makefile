@@ -54,7 +54,7 @@ test-replace: .venv/ready
 # thousand; about three minutes.
 soak: .venv/ready
 	PYTHONPATH=tests $(BIN)/python -m daemon.soak
-	PYTHONPATH=tests $(BIN)/python -m daemon.soak --streams 2000 --listeners 200 --replacements 0 --kills 50
+	PYTHONPATH=tests $(BIN)/python -m daemon.soak --replacements 0 --kills 50
 
 # Two thousand seeds of the simulator, two minutes; docs/internals/simulation.md.
 simulate: .venv/ready
