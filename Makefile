@@ -50,8 +50,7 @@ test-replace: .venv/ready
 	PYTHONPATH=tests $(BIN)/pytest -p replacing tests/library --deselect tests/library/test_full_backlog.py \
 		--deselect tests/library/test_datagram.py::test_more_peers_than_cached_routes
 
-# vsockd is replaced a hundred times under ten thousand streams, and killed fifty times under two
-# thousand; about three minutes.
+# vsockd is replaced a hundred times under ten thousand streams, and killed fifty times; three minutes.
 soak: .venv/ready
 	PYTHONPATH=tests $(BIN)/python -m daemon.soak
 	PYTHONPATH=tests $(BIN)/python -m daemon.soak --replacements 0 --kills 50
