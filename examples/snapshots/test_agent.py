@@ -1,4 +1,4 @@
-"""What users of microVMs complain about, each as a test of the agent and of its host."""
+"""Complaints of users of microVMs, each as a test of the agent and of its host."""
 
 import sys
 from pathlib import Path
@@ -45,7 +45,7 @@ def test_the_host_connects_before_the_agent_listens(machine):
 
 
 def test_ok_does_not_mean_that_the_agent_answers(machine):
-    """OK for a closed listener, OK without data, a line that is none, end of stream, silence."""
+    """OK for a closed listener, OK without data, an invalid line, end of stream, silence."""
     machine.ask(b"ready\n").close()
     for name in ("stale-ok", "ok-without-data", "garbage", "early-eof", "no-ok"):
         machine.played.fault(name, seed=1)

@@ -20,7 +20,7 @@ from typing import Any
 import pytest
 
 import vsockets
-from vsockets import AF_VSOCK, Attachment
+from vsockets import Attachment
 from vsockets._linux.inspection import unread_bytes
 from vsockets.control import Control
 from vsockets.daemon import succession
@@ -42,11 +42,15 @@ from vsockets.protocol.client import local_cid
 from vsockets.state_folder import LOCK
 from vsockets.testing import FabricFailed, PrivateFabric, wait_until
 
+from .continuity import (
+    PATIENCE,
+    check_datagram_sockets_and_routes,
+    check_streams_listeners_and_ports,
+    datagram,
+)
 from .raw_client import SIZES, ask, descriptors, enter
 from .test_device_link import Device
 from .test_named_sockets import SECRET, Holder
-
-PATIENCE = 10.0
 
 
 @pytest.fixture
@@ -60,65 +64,14 @@ def guest(fabric: PrivateFabric) -> Attachment:
     return fabric.guest()
 
 
-def datagram(context: Attachment, address: tuple[int, int]) -> vsockets.socket:
-    sock = vsockets.socket(AF_VSOCK, socket.SOCK_DGRAM, context=context)
-    sock.settimeout(PATIENCE)
-    sock.bind(address)
-    return sock
+def test_streams_listeners_and_ports_stay(fabric: PrivateFabric) -> None:
+    replaced: list[int] = []
+    check_streams_listeners_and_ports(fabric, lambda: replaced.append(fabric.control.replace()))
+    assert replaced == [fabric.control.status()["pid"]]
 
 
-def test_streams_listeners_and_ports_stay(fabric: PrivateFabric, guest: Attachment) -> None:
-    with contextlib.ExitStack() as stack:
-        enter = stack.enter_context
-        server = enter(vsockets.create_server((2, 5000), context=fabric.host))
-        client = enter(vsockets.create_connection((2, 5000), context=guest))
-        accepted = enter(server.accept()[0])
-        waiting = enter(vsockets.create_connection((2, 5000), context=guest))
-        bound = enter(vsockets.socket(context=guest))
-        bound.bind((guest.cid, 7000))
-        packets = enter(vsockets.socket(AF_VSOCK, socket.SOCK_SEQPACKET, context=fabric.host))
-        packets.bind((2, 5001))
-        packets.listen()
-        before = fabric.control.sockets()
-        first, counts = fabric.control.status(), fabric.control.counts()
-
-        pid = fabric.control.replace()
-
-        assert fabric.control.sockets() == before
-        assert fabric.control.counts() == counts
-        status = fabric.control.status()
-        assert status["pid"] == pid != first["pid"]
-        assert {**status, "pid": 0, "uptime": 0} == {**first, "pid": 0, "uptime": 0}
-        client.send(b"x")
-        assert accepted.recv(1) == b"x"
-        late, peer = server.accept()
-        enter(late)
-        assert peer == waiting.getsockname()
-        another = enter(vsockets.create_connection((2, 5000), context=guest))
-        assert another.getsockname()[1] == waiting.getsockname()[1] + 1  # no port is reused soon
-        enter(server.accept()[0])
-        bound.listen()
-        enter(vsockets.create_connection((guest.cid, 7000), context=fabric.host))
-        with pytest.raises(OSError) as refused:
-            vsockets.create_server((2, 5000), context=fabric.host)
-        assert refused.value.errno == errno.EADDRINUSE
-        accepted.close()
-        assert client.recv(1) == b""
-    assert fabric.control.sockets() == []
-    vsockets.create_server((2, 5000), context=fabric.host).close()
-
-
-def test_datagram_sockets_and_their_routes_stay(fabric: PrivateFabric, guest: Attachment) -> None:
-    with datagram(fabric.host, (2, 6000)) as service, datagram(guest, (guest.cid, 6001)) as client:
-        client.sendto(b"before", (2, 6000))
-        route = next(iter(vars(client)["_routes"].values())).dup()
-        fabric.control.replace()
-        assert service.recvfrom(10) == (b"before", (guest.cid, 6001))
-        client.sendto(b"after", (2, 6000))
-        assert service.recvfrom(10) == (b"after", (guest.cid, 6001))
-        service.sendto(b"back", (guest.cid, 6001))
-        assert client.recvfrom(10) == (b"back", (2, 6000))
-    route.close()
+def test_datagram_sockets_and_their_routes_stay(fabric: PrivateFabric) -> None:
+    check_datagram_sockets_and_routes(fabric, fabric.control.replace)
 
 
 def test_routes_are_still_revoked(fabric: PrivateFabric, guest: Attachment) -> None:

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import marshal
 import os
 import random
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -19,15 +17,20 @@ from pathlib import Path
 import pytest
 
 import vsockets
-from vsockets import AF_VSOCK, Attachment
+from vsockets import Attachment
 from vsockets.control import Control
 from vsockets.daemon.journal import JournalDamaged, Log, read_entries
 from vsockets.protocol import Record, Role
 from vsockets.state_folder import LOCK
 from vsockets.testing import FabricFailed, PrivateFabric, wait_until
 
+from .continuity import (
+    PATIENCE,
+    check_datagram_sockets_and_routes,
+    check_streams_listeners_and_ports,
+    datagram,
+)
 from .test_device_link import SIZES, Device
-from .test_replace import PATIENCE, datagram
 
 #: So often vsockd is killed while programs use it.
 _KILLS = 12
@@ -58,59 +61,12 @@ def kill_at_once(fabric: PrivateFabric) -> int:
     return pid
 
 
-def test_streams_listeners_and_ports_stay(fabric: PrivateFabric, guest: Attachment) -> None:
-    with contextlib.ExitStack() as stack:
-        enter = stack.enter_context
-        server = enter(vsockets.create_server((2, 5000), context=fabric.host))
-        client = enter(vsockets.create_connection((2, 5000), context=guest))
-        accepted = enter(server.accept()[0])
-        waiting = enter(vsockets.create_connection((2, 5000), context=guest))
-        bound = enter(vsockets.socket(context=guest))
-        bound.bind((guest.cid, 7000))
-        packets = enter(vsockets.socket(AF_VSOCK, socket.SOCK_SEQPACKET, context=fabric.host))
-        packets.bind((2, 5001))
-        packets.listen()
-        before = fabric.control.sockets()
-        first, counts = fabric.control.status(), fabric.control.counts()
-
-        kill(fabric)
-
-        assert fabric.control.sockets() == before
-        assert fabric.control.counts() == counts
-        status = fabric.control.status()
-        changed = {"pid": 0, "uptime": 0, "descriptors": 0}
-        assert {**status, **changed} == {**first, **changed}
-        client.send(b"x")
-        assert accepted.recv(1) == b"x"
-        late, peer = server.accept()
-        enter(late)
-        assert peer == waiting.getsockname()
-        another = enter(vsockets.create_connection((2, 5000), context=guest))
-        assert another.getsockname()[1] == waiting.getsockname()[1] + 1  # no port is reused soon
-        enter(server.accept()[0])
-        bound.listen()
-        enter(vsockets.create_connection((guest.cid, 7000), context=fabric.host))
-        with pytest.raises(OSError) as refused:
-            vsockets.create_server((2, 5000), context=fabric.host)
-        assert refused.value.errno == errno.EADDRINUSE
-        accepted.close()
-        assert client.recv(1) == b""
-    assert fabric.control.sockets() == []
-    vsockets.create_server((2, 5000), context=fabric.host).close()
+def test_streams_listeners_and_ports_stay(fabric: PrivateFabric) -> None:
+    check_streams_listeners_and_ports(fabric, lambda: kill(fabric), "descriptors")
 
 
-def test_datagram_sockets_and_their_routes_stay(fabric: PrivateFabric, guest: Attachment) -> None:
-    with datagram(fabric.host, (2, 6000)) as service, datagram(guest, (guest.cid, 6001)) as client:
-        client.sendto(b"before", (2, 6000))
-        route = next(iter(vars(client)["_routes"].values())).dup()
-        kill(fabric)
-        assert service.recvfrom(10) == (b"before", (guest.cid, 6001))
-        client.sendto(b"after", (2, 6000))
-        assert service.recvfrom(10) == (b"after", (guest.cid, 6001))
-        service.sendto(b"back", (guest.cid, 6001))
-        assert client.recvfrom(10) == (b"back", (2, 6000))
-    with route, datagram(guest, (guest.cid, 6001)), pytest.raises(OSError):
-        route.send(b"in another's name")  # revoked, or its destination is closed
+def test_datagram_sockets_and_their_routes_stay(fabric: PrivateFabric) -> None:
+    check_datagram_sockets_and_routes(fabric, lambda: kill(fabric))
 
 
 def test_a_supervised_server_stays(fabric: PrivateFabric, guest: Attachment) -> None:

@@ -67,7 +67,7 @@ class RetransmittingClient:
         return self._server.process
 
     def server_output(self) -> str:
-        """Return the server's next line, or nothing if there is none yet."""
+        """Return the server's next line; "" if no line has arrived yet."""
         output = self.server_process().stdout
         assert output is not None
         readable, _, _ = select.select([output], [], [], 0)

@@ -96,6 +96,7 @@ class DatagramWorld(BrokerWorld):
             sock.setblocking(False)
             self.all.append(Datagrams(process, sock, cookie_of(sock)))
 
+    # The other world's programs have streams.
     def _idle(self, chance: Random, *_: str) -> Datagrams | None:  # type: ignore[override]
         found: Datagrams | None = pick(
             chance, [one for one in self.all if one.is_open and not one.awaits]

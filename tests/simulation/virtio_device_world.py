@@ -27,7 +27,8 @@ from vsockets.devices.virtio.ring import (
 )
 
 from .engine import World, pick
-from .simulated_sockets import SimulatedLoop, SimulatedSocket, SimulatedSockets, pattern
+from .host_program import HostProgram
+from .simulated_sockets import SimulatedLoop, SimulatedSockets, pattern
 
 CID, HOST = 3, 2
 OPEN, REFUSING = 5000, 5001
@@ -39,29 +40,17 @@ FEATURES = F_VERSION_1 | F_RING_EVENT_IDX | F_RING_INDIRECT_DESC
 STREAMS = 4
 
 
-class Stream:
+class Stream(HostProgram):
     """A stream as its two programs see it."""
 
     def __init__(self, port: int, peer: tuple[int, int]) -> None:
+        super().__init__()
         self.port, self.peer = port, peer
-        #: bytes may be lost in this direction: a fault, or the receiving program has closed
-        self.to_guest_may_end = self.to_host_may_end = False
-        # The host's program.
-        self.sock: SimulatedSocket | None = None
-        self.host_wrote = self.host_read = 0
-        self.host_ended = False  #: it has read the end
-        self.host_finished = False  #: it writes nothing more
         # The guest's socket.
         self.state = "connecting"  #: or accepting, open, closing, closed
-        self.guest_wrote = self.guest_read = 0
         self.unread = bytearray()
         self.received = self.announced = 0
-        self.peer_shutdown = self.own_shutdown = 0
         self.device_buffer = self.device_forwarded = 0
-
-    def excuse(self) -> None:
-        """Allow the stream to end at any time."""
-        self.to_guest_may_end = self.to_host_may_end = True
 
     @property
     def is_excused(self) -> bool:
@@ -283,23 +272,7 @@ class VirtioDeviceWorld(World):
     def do_host_read(self, chance: Random) -> None:
         stream = self._host(chance)
         if stream is not None:
-            self._host_read(stream, chance.choice([1, 500, 3000]))
-
-    def _host_read(self, stream: Stream, length: int) -> None:
-        assert stream.sock is not None
-        try:
-            data = stream.sock.recv(length)
-        except BlockingIOError:
-            return
-        except ConnectionResetError:
-            data = b""
-        if not data and not stream.host_ended:
-            stream.host_ended = True
-            whole = stream.host_read == stream.guest_wrote
-            ended = stream.own_shutdown & Shutdown.SEND and whole
-            assert stream.to_host_may_end or ended, "an end without reason"
-        assert data == pattern(stream.host_read, len(data)), "bytes lost or out of order"
-        stream.host_read += len(data)
+            stream.read(chance.choice([1, 500, 3000]))
 
     def do_host_shutdown(self, chance: Random) -> None:
         stream = self._host(chance)
@@ -568,7 +541,7 @@ class VirtioDeviceWorld(World):
             self._run(chance)
             for stream in self.streams:
                 if stream.sock is not None:
-                    self._host_read(stream, 10_000)
+                    stream.read(10_000)
                 if stream.state == "open":
                     self._guest_read(stream, 10_000)
                     if stream.is_excused and not stream.own_shutdown and stream.room() > 0:

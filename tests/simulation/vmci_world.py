@@ -21,7 +21,8 @@ from vsockets.model.buffers import BufferSizes
 from vsockets.protocol import Record, Role
 
 from .engine import World, pick
-from .simulated_sockets import SimulatedLoop, SimulatedSocket, SimulatedSockets, pattern
+from .host_program import HostProgram
+from .simulated_sockets import SimulatedLoop, SimulatedSockets, pattern
 
 HOST = 2
 OPEN, REFUSING = 5000, 5001
@@ -58,30 +59,19 @@ class GuestQueue(SimulatedStream):
         self.world.outbox.append(Packet(kind, self.port, self.peer_port, value))
 
 
-class Stream:
+class Stream(HostProgram):
     """A stream as its two programs see it."""
 
     def __init__(self, port: int, peer: tuple[int, int], size: int) -> None:
+        super().__init__()
         self.port, self.peer, self.size = port, peer, size
-        #: bytes may be lost in this direction: a fault, or the receiving program has closed
-        self.to_guest_may_end = self.to_host_may_end = False
-        # The host's program.
-        self.sock: SimulatedSocket | None = None
-        self.waits = False  #: for the fabric's reply
-        self.host_wrote = self.host_read = 0
-        self.host_ended = self.host_finished = False
+        self.waits = False  #: the host's program, for the fabric's reply
         # The guest's socket.
         self.state = "connecting"  #: or accepting, open, closed
         self.queue: GuestQueue | None = None
         self.handle: Handle | None = None
-        self.guest_wrote = self.guest_read = 0
         self.reader_sleeps = self.writer_sleeps = False
         self.pages: list[int] = []
-        self.peer_shutdown = self.own_shutdown = 0
-
-    def excuse(self) -> None:
-        """Allow the stream to end at any time."""
-        self.to_guest_may_end = self.to_host_may_end = True
 
 
 class VmciWorld(World):
@@ -276,23 +266,7 @@ class VmciWorld(World):
     def do_host_read(self, chance: Random) -> None:
         stream = self._host(chance)
         if stream is not None:
-            self._host_read(stream, chance.choice([1, 500, 3000]))
-
-    def _host_read(self, stream: Stream, length: int) -> None:
-        assert stream.sock is not None
-        try:
-            data = stream.sock.recv(length)
-        except BlockingIOError:
-            return
-        except ConnectionResetError:
-            data = b""
-        if not data and not stream.host_ended:
-            stream.host_ended = True
-            whole = stream.host_read == stream.guest_wrote
-            ended = stream.own_shutdown & Shutdown.SEND and whole
-            assert stream.to_host_may_end or ended, "an end without reason"
-        assert data == pattern(stream.host_read, len(data)), "bytes lost or out of order"
-        stream.host_read += len(data)
+            stream.read(chance.choice([1, 500, 3000]))
 
     def do_host_shutdown(self, chance: Random) -> None:
         stream = self._host(chance)
@@ -574,7 +548,7 @@ class VmciWorld(World):
             self._run(chance)
             for stream in self.streams:
                 if stream.sock is not None and not stream.waits:
-                    self._host_read(stream, 10_000)
+                    stream.read(10_000)
                 if stream.state == "open" and not stream.reader_sleeps:
                     self._guest_read(stream)
         for stream in self.streams:

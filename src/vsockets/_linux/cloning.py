@@ -7,11 +7,10 @@ import os
 import platform
 import signal
 
-from .libc import check, last_error, libc
+from .libc import end_with_parent, last_error
 
 _CLONE_FILES = 0x400
 _CLONE = {"x86_64": 56, "aarch64": 220}
-_PR_SET_PDEATHSIG = 1
 # Calls that keep the GIL, as fork(2) does in the interpreter.
 _syscall = ctypes.PyDLL(None, use_errno=True).syscall
 
@@ -39,7 +38,7 @@ def clone_sharing_descriptors() -> int:
     pid: int = _syscall(ctypes.c_long(_CLONE[platform.machine()]), flags, 0, 0, 0, 0)
     if pid == 0:
         api.PyOS_AfterFork_Child()
-        check(libc.prctl(_PR_SET_PDEATHSIG, ctypes.c_ulong(signal.SIGKILL), 0, 0, 0))
+        end_with_parent()
         if os.getppid() != parent:
             os._exit(1)
         return 0

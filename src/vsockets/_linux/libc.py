@@ -9,8 +9,11 @@ from __future__ import annotations
 import ctypes
 import os
 import platform
+import signal
 
 libc = ctypes.CDLL(None, use_errno=True)
+
+_PR_SET_PDEATHSIG = 1  # prctl(2)
 
 
 def last_error() -> OSError:
@@ -27,6 +30,16 @@ def check(result: int) -> int:
     if result < 0:
         raise last_error()
     return result
+
+
+def end_with_parent(number: int = signal.SIGKILL) -> None:
+    """Have the kernel send this process the signal ``number`` when its parent's thread ends.
+
+    A parent that has ended before the call is not noticed.
+
+    Raises OSError.
+    """
+    check(libc.prctl(_PR_SET_PDEATHSIG, ctypes.c_ulong(number), 0, 0, 0))
 
 
 class EpollEvent(ctypes.Structure):

@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
-from .._linux.libc import check, libc
+from .._linux.libc import end_with_parent
 from ..supervisor.launch import CONTINUED, ENDED, MESSAGE, SIGNAL, STOPPED, follow_program
 from . import fill_standard_files
 from .errors import CliError, one_line
@@ -29,7 +29,6 @@ from .output import complain
 #: The environment variable with the path of the socket for requests.
 LAUNCHER = "VSOCKETS_LAUNCHER"
 
-_PR_SET_PDEATHSIG = 1
 
 #: Seconds for a ``vsock run`` to send its request after it has connected.
 _REQUEST_SECONDS = 10.0
@@ -221,7 +220,7 @@ class Launcher:
 
         Returns the descriptor of the lifeline.
         """
-        check(libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0))
+        end_with_parent()
         signal.set_wakeup_fd(-1)
         for number in signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP}:
             ignored = number in request["ignored"] or number in _IGNORED_BY_PYTHON

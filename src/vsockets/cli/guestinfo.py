@@ -18,7 +18,7 @@ from typing import Any
 import click
 
 from .. import logs
-from ..guestrpc.client import CONTROL, RequestFailed, request
+from ..guestrpc.client import CONTROL, RequestFailed, request, to_bytes, to_text
 from ..guestrpc.commands import STATE_CHANGES
 from ..guestrpc.guest import Permissions, variables_of
 from ..guestrpc.variables import VariableRefused, full_name
@@ -36,6 +36,7 @@ from .options import (
     log_format_option,
     path_option,
     read_cid,
+    state_file,
     verbose_option,
 )
 from .output import Column, print_json, print_table
@@ -132,14 +133,14 @@ def set_(cid: int, name: str, value: str | None, file: Path | None, encode: str 
     if (value is None) == (file is None):
         raise click.UsageError("expected either VALUE or --file")
     try:
-        data = _bytes(value or "") if file is None else file.read_bytes()
+        data = to_bytes(value or "") if file is None else file.read_bytes()
     except OSError as error:
         raise click.UsageError(f"--file {file}: {error.strerror}") from None
     full = _full_name(name)
     values = {full: data}
     if encode is not None:
         values = {full: _ENCODINGS[encode](data), f"{full}.encoding": encode.encode()}
-    _ask("set", cid=cid, values={n: v.decode(errors="surrogateescape") for n, v in values.items()})
+    _ask("set", cid=cid, values={name: to_text(value) for name, value in values.items()})
 
 
 @guestinfo.command("get")
@@ -152,7 +153,7 @@ def get(cid: int, name: str) -> None:
     if not values:
         raise CliError(f"guest {cid} has no {full} (see: vsock guestinfo ls {cid})")
     value = values.get("guest", values.get("host", ""))
-    sys.stdout.buffer.write(_bytes(value) + b"\n")
+    sys.stdout.buffer.write(to_bytes(value) + b"\n")
 
 
 @guestinfo.command("unset")
@@ -205,7 +206,7 @@ def described(vmx: Path) -> dict[str, Any]:
     return {
         "identity": os.path.abspath(vmx),
         "permissions": dataclasses.asdict(permissions),
-        "values": {name: _text(value) for name, value in values.items()},
+        "values": {name: to_text(value) for name, value in values.items()},
     }
 
 
@@ -251,20 +252,12 @@ def _list_variables(cid: int, as_json: bool) -> None:
         Column("BYTES", right=True),
         Column("VALUE", least=10),
     )
-    shown = ((name, by, len(_bytes(value)), value[:60]) for name, by, value in found)
+    shown = ((name, by, len(to_bytes(value)), value[:60]) for name, by, value in found)
     print_table(columns, shown)
 
 
 def _variables(cid: int) -> list[tuple[str, str, str]]:
     return [tuple(one) for one in _ask("variables", cid=cid)]
-
-
-def _text(value: bytes) -> str:
-    return value.decode(errors="surrogateescape")
-
-
-def _bytes(value: str) -> bytes:
-    return value.encode(errors="surrogateescape")
 
 
 def _full_name(name: str) -> str:
@@ -302,8 +295,7 @@ def _make_private(path: Path) -> None:
 
 def _default_state(fabric: Path) -> Path:
     """Return the path of a fabric's file: the same CID is another guest in another fabric."""
-    folder = os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state"
     name = "guestinfo"
     if "VSOCKETS_DIR" in os.environ:
         name += "-" + hashlib.sha256(os.fsencode(fabric.absolute())).hexdigest()[:16]
-    return Path(folder, "vsock", name)
+    return state_file(name)

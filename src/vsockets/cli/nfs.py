@@ -26,6 +26,7 @@ from .options import (
     path_argument,
     path_option,
     read_locator,
+    state_file,
     verbose_option,
 )
 
@@ -102,7 +103,7 @@ def serve(
     allow_many_descriptors()  # each export keeps some hundred descriptors open
     with contextlib.ExitStack() as stack:
         take_over()  # a predecessor has the state file open
-        handles = stack.enter_context(contextlib.closing(HandleStore(state or _default_state())))
+        handles = stack.enter_context(contextlib.closing(HandleStore(state or state_file("nfs"))))
         over_udp = any(isinstance(locator, Inet) for locator in addresses)
         size = UDP_DATA_SIZE if over_udp else DATA_SIZE
         service = NfsService(list(export), handles, size)
@@ -146,8 +147,3 @@ def mount(server: Any, export: str, folder: Path, mount_server: Any, transfer_si
 def _expect(locator: Locator, name: str) -> None:
     if not isinstance(locator, Vsock | Inet) or not locator.datagram:
         raise click.UsageError(f"{name} {locator}: expected vsock-dgram: or udp:")
-
-
-def _default_state() -> Path:
-    folder = os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state"
-    return Path(folder, "vsock", "nfs")

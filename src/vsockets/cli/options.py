@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Callable
 from enum import Enum
 from pathlib import Path
@@ -160,6 +161,12 @@ def path_option(*names: str, **attributes: Any) -> Decorator[Any]:
 def path_argument(name: str, **attributes: Any) -> Decorator[Any]:
     """Declare a positional argument that is a path, as in :func:`path_option`."""
     return argument(name, type=click.Path(path_type=Path), **attributes)
+
+
+def state_file(name: str) -> Path:
+    """Return the default path of a service's state file: one of this user."""
+    folder = os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state"
+    return Path(folder, "vsock", name)
 
 
 def configure_log(verbose: bool = False, log_format: str = "text", name: str = "vsock") -> None:

@@ -102,9 +102,8 @@ class _MainProcess:
         self._serves = True
         with contextlib.suppress(OSError):  # the main process has ended: see Replacement
             self.link.send(b"ready")
-            if (
-                self.link.recv(64, socket.MSG_PEEK) == b"serve"
-            ):  # else it is to end: see Replacement
+            # Any other message stays in the link: this process is to end, see Replacement.
+            if self.link.recv(64, socket.MSG_PEEK) == b"serve":
                 self.link.recv(64)
 
     def close_unused(self) -> None:

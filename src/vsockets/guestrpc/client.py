@@ -19,6 +19,16 @@ from .limits import (
 CONTROL = "guestinfo"
 
 
+def to_text(value: bytes) -> str:
+    """Return a variable's value as the control protocol has it."""
+    return value.decode(errors="surrogateescape")
+
+
+def to_bytes(text: str) -> bytes:
+    """Return a variable's value from the control protocol."""
+    return text.encode(errors="surrogateescape")
+
+
 class RequestFailed(Exception):
     """A request that the service did not carry out; the message says why."""
 

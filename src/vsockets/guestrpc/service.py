@@ -26,7 +26,7 @@ from typing import Any
 
 from .. import logs
 from .._linux.folders import SocketFile
-from .._linux.libc import check, libc
+from .._linux.libc import end_with_parent
 from ..attachment import ContextHandle
 from ..control import Control, Events
 from ..eventloop.asyncio_server import AsyncioAcceptor, Listener, open_listener
@@ -35,6 +35,7 @@ from ..eventloop.retry import Backoff
 from ..eventloop.service import run_service
 from ..model.constants import VMADDR_CID_HYPERVISOR
 from ..model.locator import Vsock
+from .client import to_bytes, to_text
 from .commands import STATE_CHANGES, CommandChannel, CommandFailed
 from .guest import Guest, Permissions, Requests
 from .limits import (
@@ -53,7 +54,6 @@ log = logging.getLogger("vsockets.guestinfo")
 LOCATORS = Vsock(VMADDR_CID_HYPERVISOR, RPCI_PORT), Vsock(VMADDR_CID_HYPERVISOR, TCLO_PORT)
 
 _CHUNK = 65_536
-_PR_SET_PDEATHSIG = 1
 
 #: The signals that end the service.
 _SIGNALS = signal.SIGTERM, signal.SIGINT
@@ -345,12 +345,12 @@ class GuestService:
                 return None
             case "variables":
                 return [
-                    (name, writer.value, value.decode(errors="surrogateescape"))
+                    (name, writer.value, to_text(value))
                     for name, writer, value in self._variables.all(cid)
                 ]
             case "set":
                 for name, value in given["values"].items():
-                    self._variables.set(cid, Writer.HOST, full_name(name), _encoded(value))
+                    self._variables.set(cid, Writer.HOST, full_name(name), to_bytes(value))
                 return None
             case "unset":
                 return self._variables.unset(cid, full_name(given["name"]))
@@ -368,7 +368,7 @@ class GuestService:
         allowed = Permissions(**permissions or {})
         encoded = None
         if values is not None:
-            encoded = {full_name(name): _encoded(value) for name, value in values.items()}
+            encoded = {full_name(name): to_bytes(value) for name, value in values.items()}
         text = json.dumps(dataclasses.asdict(allowed))
         if not self._variables.admit(cid, identity, text, encoded):
             self._forget(cid)  # another machine had the CID
@@ -406,10 +406,6 @@ class GuestService:
         if isinstance(text, CommandFailed):
             raise text
         return str(text.decode(errors="replace"))
-
-
-def _encoded(value: str) -> bytes:
-    return value.encode(errors="surrogateescape")
 
 
 async def _read(
@@ -481,8 +477,8 @@ class _Keeper:
 
     def _begin(self, keeper: int) -> int:
         """Serve in the child until the end; return the exit status."""
-        check(libc.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0))
-        if os.getppid() != keeper:  # killed before the prctl
+        end_with_parent(signal.SIGTERM)
+        if os.getppid() != keeper:  # killed before the call
             return 1
         return self._serve()
 

@@ -651,8 +651,9 @@ class Hypervisor:
         return self.machines[changed]
 
     def _machine(self, personality: Personality, cid: int, path: Path | None) -> Machine:
-        arguments = {"control": self._control, "cid": cid, "path": path, "log": self._note}
-        return Machine(personality=personality, **arguments)  # type: ignore[arg-type]
+        return Machine(
+            personality=personality, control=self._control, cid=cid, path=path, log=self._note
+        )
 
     def remove(self, cid: int) -> None:
         """End a machine and remove its guest."""

@@ -25,7 +25,7 @@ import struct
 from collections.abc import Callable, Collection
 from typing import NoReturn, Protocol
 
-from .._linux.libc import check, libc
+from .._linux.libc import check, end_with_parent, libc
 from .._linux.rlimit import allow_many_descriptors
 from ..attachment import Attachment
 from .arch import this_architecture
@@ -34,7 +34,7 @@ from .interception import Interceptor, Mechanism
 from .ptrace import WAIT_FOR_ALL
 from .supervisor import Supervisor
 
-_PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36
+_PR_SET_CHILD_SUBREAPER = 36
 
 _LAST_STANDARD = 2
 #: Options of waitpid(): children that stop or continue, and all tracees.
@@ -127,7 +127,7 @@ def launch(
         ours.close()
         if lifeline is not None:
             os.close(lifeline)
-        _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        end_with_parent()
         descriptors = mechanism.install(machine, made)
         socket.send_fds(theirs, [_INSTALLED], descriptors)
         for fd in descriptors:

@@ -142,7 +142,7 @@ class PlayedMachine:
 
     def describe(self) -> dict[str, Any]:
         """Return the machine's row of the API."""
-        return self._request("GET", "")  # type: ignore[no-any-return]
+        return dict(self._request("GET", ""))
 
     def pause(self) -> None:
         """Stop the machine: data and connects wait in its device."""
@@ -194,7 +194,7 @@ class PlayedMachine:
     @property
     def log(self) -> list[str]:
         """The operations and the faults that have struck, of all machines, oldest first."""
-        return request(self._api, "GET", "/log")  # type: ignore[no-any-return]
+        return list(request(self._api, "GET", "/log"))
 
     def _end_programs(self) -> None:
         for process in self._programs:
