@@ -69,6 +69,20 @@ def test_datagram_sockets_and_their_routes_stay(fabric: PrivateFabric) -> None:
     check_datagram_sockets_and_routes(fabric, lambda: kill(fabric))
 
 
+def test_streams_that_ended_before_have_ended(fabric: PrivateFabric, guest: Attachment) -> None:
+    """The next vsockd has no record of them, and lets their ports be bound."""
+    for _ in range(3):
+        with vsockets.create_server((2, 5000), context=fabric.host) as server:
+            client = vsockets.create_connection((2, 5000), context=guest)
+            port = client.getsockname()[1]
+            client.close()
+            server.accept()[0].close()
+        wait_until(lambda: not fabric.control.sockets(), "vsockd to notice the end")
+        kill(fabric)
+        assert fabric.control.sockets() == []
+        vsockets.create_server((guest.cid, port), context=guest).close()
+
+
 def test_a_supervised_server_stays(fabric: PrivateFabric, guest: Attachment) -> None:
     program = """
 import socket, sys

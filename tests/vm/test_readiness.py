@@ -1,9 +1,11 @@
-"""Reports of a guest's systemd from guests that are hostile; test_run boots one with systemd."""
+"""Reports of hostile guests, which are processes here; test_run sends them from a machine."""
 
 from __future__ import annotations
 
 import asyncio
 import socket as stdlib
+
+import pytest
 
 import vsockets
 from vsockets.testing import PrivateFabric
@@ -11,7 +13,8 @@ from vsockets.vm.limits import VM_NOTIFY_SHOWN_MAX_CHARACTERS
 from vsockets.vm.readiness import ReadinessReports
 
 
-def test_hostile_reports(vsock_fabric: PrivateFabric) -> None:
+@pytest.mark.parametrize("kind", [stdlib.SOCK_SEQPACKET, stdlib.SOCK_DGRAM])
+def test_hostile_reports(vsock_fabric: PrivateFabric, kind: int) -> None:
     """Reports of another guest are ignored, and long ones are shortened."""
     guest, other = vsock_fabric.guest(), vsock_fabric.guest()
 
@@ -24,7 +27,8 @@ def test_hostile_reports(vsock_fabric: PrivateFabric) -> None:
                 (other, b"STATUS=other\nREADY=1"),
                 (guest, b"STATUS=" + b"\x1b" * 5000 + b"\nREADY=1"),
             ):
-                with vsockets.socket(type=stdlib.SOCK_SEQPACKET, context=context) as sock:
+                with vsockets.socket(type=kind, context=context) as sock:
+                    sock.bind((vsockets.VMADDR_CID_ANY, vsockets.VMADDR_PORT_ANY))
                     sock.connect((vsockets.VMADDR_CID_HOST, reports.port))
                     sock.sendall(text)
             await asyncio.wait_for(ready.wait(), 20)
