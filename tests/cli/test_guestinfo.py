@@ -179,6 +179,22 @@ def test_connections_wait_while_the_service_is_replaced(
     assert not (vsock.folder / "guestinfo").exists()
 
 
+def test_another_process_takes_over(vsock: Vsock, service: Running, guest: Attachment) -> None:
+    """At SIGUSR2, as of the other services: the tools connect again, and nothing is lost."""
+    vsock("guestinfo", "enable", guest.cid)
+    with PlayedTools(guest, RPCI_PORT, 1023) as tools, contextlib.suppress(OSError):
+        assert tools.ask(b"info-set guestinfo.kept yes") == b"1 "
+        (before,) = _children(service.process.pid)
+        service.process.send_signal(signal.SIGUSR2)
+        assert tools.receive() == b""
+    assert ask(guest, b"info-get guestinfo.kept", 1022) == b"1 yes"
+    lines = sorted((service.error_line(), service.error_line()))
+    assert lines[0].startswith("replaced by process ")
+    assert lines[1] == "serving VMware Tools at CID 0, ports 976 and 975"
+    wait_until(lambda: before not in _children(service.process.pid), "the old process to end")
+    assert len(_children(service.process.pid)) == 1
+
+
 def test_hostile_guests_end_themselves_only(
     vsock: Vsock, service: Running, guest: Attachment
 ) -> None:

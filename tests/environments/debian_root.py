@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
-from vsockets.vm.apt import DEBIAN, Suite, Unavailable, run
+from vsockets.vm.apt import DEBIAN, Suite, Unavailable, cached, run
 
 #: Room on a disk beside its files, in MiB.
 _FREE = 256
@@ -37,3 +39,21 @@ def make_disk(disk: Path, root: Path) -> None:
     search = f"{os.environ['PATH']}:/usr/sbin:/sbin"
     command = ("mkfs.ext4", "-q", "-O", "^has_journal", "-d", str(root), str(disk), f"{size}M")
     run(*command, PATH=search)
+
+
+def systemd_disk(release: str, packages: Sequence[str]) -> Path:
+    """Return the disk of a machine with ``packages``, made if it is missing.
+
+    Raises Unavailable.
+    """
+
+    def fill(folder: Path) -> None:
+        if os.geteuid() != 0:
+            raise Unavailable("needs root")
+        root = folder / "root"
+        make_root(root, release, packages, "--mode=root", "--variant=minbase")
+        make_disk(folder / "disk", root)
+        shutil.rmtree(root)
+
+    identity = hashlib.sha256(json.dumps([release, packages]).encode()).hexdigest()[:12]
+    return cached(f"systemd-{identity}", fill) / "disk"

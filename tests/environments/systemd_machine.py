@@ -6,10 +6,6 @@ apt would download for the package.  What a machine writes to the disk ends with
 
 from __future__ import annotations
 
-import hashlib
-import json
-import os
-import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -21,10 +17,10 @@ from vm import downloads
 from vm.machine import PATIENCE, Machine
 from vsockets.testing import PrivateFabric
 from vsockets.vm import guest_image
-from vsockets.vm.apt import Unavailable, cached
+from vsockets.vm.apt import Unavailable
 
 from .debian_package import DEPENDENCIES
-from .debian_root import make_disk, make_root
+from .debian_root import systemd_disk
 
 RELEASE = "trixie"
 PACKAGES = ("systemd-sysv", "dbus", *DEPENDENCIES)
@@ -109,7 +105,7 @@ def running(folder: Path) -> Iterator[SystemdMachine]:
     """Run the machine, with the package's versions in :data:`INSIDE`.  Raises Unavailable."""
     kernel = downloads.kernel("backports")  # Debian 13 has the same version
     downloads.qemu()
-    disk = _disk()
+    disk = systemd_disk(RELEASE, PACKAGES)
     packages = folder / "packages"
     packages.mkdir()
     build = (sys.executable, "-m", "environments.debian_package", "build", str(packages))
@@ -135,18 +131,3 @@ def running(folder: Path) -> Iterator[SystemdMachine]:
         )
         with machine:
             yield SystemdMachine(machine)
-
-
-def _disk() -> Path:
-    """Return the disk of the machine's system, made if need be."""
-
-    def fill(folder: Path) -> None:
-        if os.geteuid() != 0:
-            raise Unavailable("needs root")
-        root = folder / "root"
-        make_root(root, RELEASE, PACKAGES, "--mode=root", "--variant=minbase")
-        make_disk(folder / "disk", root)
-        shutil.rmtree(root)
-
-    identity = hashlib.sha256(json.dumps([RELEASE, PACKAGES]).encode()).hexdigest()[:12]
-    return cached(f"systemd-{identity}", fill) / "disk"

@@ -28,6 +28,10 @@ The main process stays until all workers have ended.  At SIGTERM it sends them "
 further effect on a worker that has got SIGTERM itself (from a service manager that signals all
 processes, or a terminal), and "close" at a second SIGTERM.  A worker whose main process is killed
 ends as at SIGTERM.
+
+A *keeper* is a main process that never serves (:meth:`Replacement.keep`): it holds the listeners
+for its workers, the first of which it starts at once, and starts another one when the serving
+worker is killed.  So the listeners are never missing.
 """
 
 from __future__ import annotations
@@ -123,6 +127,11 @@ def _main_process() -> _MainProcess | None:
     return _MainProcess(int(number)) if number else None
 
 
+def is_worker() -> bool:
+    """Return whether this process is a worker, which another process has started."""
+    return _main_process() is not None
+
+
 def inherited(locator: str) -> HandedOver | None:
     """Return the sockets that the predecessor has handed over for ``locator``, once.
 
@@ -194,7 +203,11 @@ class _Worker:
             number = theirs.fileno()
             self.process = subprocess.Popen(
                 [sys.executable, *sys.orig_argv[1:]],
-                env={**os.environ, _LINK: str(number)},
+                # The service manager is notified by the process that it has started.
+                env={
+                    **{name: os.environ[name] for name in os.environ.keys() - {"NOTIFY_SOCKET"}},
+                    _LINK: str(number),
+                },
                 pass_fds=[number],
             )
         loop = asyncio.get_running_loop()
@@ -254,9 +267,10 @@ class Replacement:
         self._stop = stop
         self._reload = reload
         self._ending = False
+        self._keeps = False
         self._drained: asyncio.Future[object] | None = None
         self._workers: list[_Worker] = []  #: that have served; the last one serves
-        self._replacing: asyncio.Task[None] | None = None
+        self._replacing: asyncio.Task[int | None] | None = None
         self._starting: _Worker | None = None
         self._main = _main_process()
         if self._main is not None:
@@ -295,12 +309,18 @@ class Replacement:
     def _start(self) -> None:
         if self._main is not None:
             return  # the main process does it
-        if self._retire_service is None:
+        if self._retire_service is None and not self._keeps:
             log.error("not replaced: this service serves a single connection")
-        elif self._replacing is not None and not self._replacing.done():
+        elif not self._can_replace():
             log.error("not replaced: a replacement is under way")
         else:
             self._replacing = asyncio.ensure_future(self._replace())
+
+    def _can_replace(self) -> bool:
+        if self._replacing is not None and not self._replacing.done():
+            return False
+        # A keeper starts the next worker by itself.
+        return not self._keeps or bool(self._workers and not self._workers[-1].ended.done())
 
     async def finished(self) -> None:
         """Wait until the connections of this process and all workers have ended.
@@ -327,34 +347,73 @@ class Replacement:
 
     # The main process
 
-    async def _replace(self) -> None:
+    async def keep(self, pause: float, ready: Callable[[], object]) -> int:
+        """Hold this process's listeners while workers serve; return the exit status of the last.
+
+        A worker that is killed is followed by another one, but not within ``pause`` seconds of its
+        start.  ``ready`` is called whenever such a worker serves.
+        """
+        self._keeps = True
+        loop = asyncio.get_running_loop()
+        while True:
+            began = loop.time()
+            self._replacing = asyncio.ensure_future(self._replace())
+            status = await self._replacing
+            if status is None:
+                ready()
+                status = await self._last_end()
+            if self._ending or status >= 0:
+                return status if status >= 0 else 128 - status
+            log.error("the serving process was ended by signal %d; starting another one", -status)
+            await asyncio.sleep(max(0.0, pause - (loop.time() - began)))
+
+    async def _last_end(self) -> int:
+        """Return the exit status of the worker that serves and is not replaced."""
+        while True:
+            serving = self._workers[-1]
+            status = await serving.ended
+            if self._replacing is not None:
+                await self._replacing
+            if serving is self._workers[-1]:
+                return status
+
+    async def _replace(self) -> int | None:
+        """Start a worker that serves from now on; return its exit status if it fails before."""
+        if self._ending:
+            return 0
         old = self._workers[-1] if self._workers else None
+        begins = self._keeps and (old is None or old.ended.done())
         new: _Worker | None = None
         try:
             with contextlib.ExitStack() as stack:
                 new = self._starting = _Worker()
                 await asyncio.to_thread(new.wait_until_started)
-                if old is None:
+                if old is None or self._keeps:
                     listeners = stack.enter_context(_own_listeners())
                 else:
                     listeners = await asyncio.to_thread(old.listeners)
                     stack.callback(_close, listeners)
                 await asyncio.to_thread(new.give, listeners)
         except OSError as error:
-            if new is not None:
-                new.process.kill()
-            log.error("not replaced: %s", error.strerror or error)
-            return
+            what = "not started" if begins else "not replaced"
+            log.error("%s: %s", what, error.strerror or error)
+            if new is None:
+                return 1
+            new.process.kill()
+            status = await new.ended
+            return 0 if self._ending else status
         finally:
             self._starting = None
         self._workers.append(new)
-        if old is None:
+        if old is None and not self._keeps:
             self._retire()
-        else:
+        elif old is not None:
             with contextlib.suppress(OSError):  # it has ended
                 await asyncio.to_thread(old.retire)
         new.send(b"serve")
-        log.warning("replaced by process %d", new.process.pid)
+        if not begins:
+            log.warning("replaced by process %d", new.process.pid)
+        return None
 
     # Any process
 

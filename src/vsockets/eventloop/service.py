@@ -62,6 +62,16 @@ async def run_service(
         await asyncio.gather(*tasks, return_exceptions=True)
 
 
+async def keep_service(pause: float) -> int:
+    """Hold this process's open listeners while other processes of its command serve them.
+
+    Returns the exit status of the last one.  See :meth:`.replacement.Replacement.keep`.
+    """
+    replacement = Replacement(None, lambda: None, None)
+    on_signals(replacement.signals)
+    return await replacement.keep(pause, notify_ready)
+
+
 def on_signals(calls: Mapping[signal.Signals, Callable[[], object]]) -> None:
     """Have the running loop call the function that ``calls`` has for a signal.
 

@@ -49,5 +49,5 @@ GUESTRPC_HEARTBEAT_SECONDS = 10.0
 #: characters for a byte, and the names around them.
 GUESTRPC_CONTROL_MAX_BYTES = 7 * GUESTRPC_HOST_VARIABLES_MAX_BYTES
 
-#: Seconds until a service process that has died is started again: at once the first time.
+#: Seconds between two starts of the process that serves, which is killed again and again.
 GUESTRPC_RESTART_SECONDS = 1.0

@@ -2,7 +2,7 @@
 
 A guest's tools exit when a reconnect fails once, so the ports must never be without a listener.
 :func:`run` therefore holds both listeners in a process that does nothing else, and starts the one
-that serves, again if it dies; connections wait in the backlog meanwhile.
+that serves, again if it is killed; connections wait in the backlog meanwhile.
 """
 
 from __future__ import annotations
@@ -14,25 +14,23 @@ import functools
 import json
 import logging
 import os
-import signal
 import socket as stdlib
 import sqlite3
 import time
 from collections import Counter, defaultdict
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 from .. import logs
-from .._linux.folders import SocketFile
-from .._linux.libc import end_with_parent
+from .._linux.folders import SocketFile, open_folder, remove_stale
 from ..attachment import ContextHandle
 from ..control import Control, Events
 from ..eventloop.asyncio_server import AsyncioAcceptor, Listener, open_listener
 from ..eventloop.rebind import REBIND_FIRST_PAUSE_SECONDS
+from ..eventloop.replacement import is_worker, take_over
 from ..eventloop.retry import Backoff
-from ..eventloop.service import run_service
+from ..eventloop.service import keep_service, run_service
 from ..model.constants import VMADDR_CID_HYPERVISOR
 from ..model.locator import Vsock
 from .client import to_bytes, to_text
@@ -54,9 +52,6 @@ log = logging.getLogger("vsockets.guestinfo")
 LOCATORS = Vsock(VMADDR_CID_HYPERVISOR, RPCI_PORT), Vsock(VMADDR_CID_HYPERVISOR, TCLO_PORT)
 
 _CHUNK = 65_536
-
-#: The signals that end the service.
-_SIGNALS = signal.SIGTERM, signal.SIGINT
 
 
 class ControlError(Exception):
@@ -116,23 +111,37 @@ class GuestService:
         ]
 
     async def run(self, ready: Callable[[], object]) -> None:
-        """Serve until SIGTERM or SIGINT; ``ready`` is called at the beginning."""
+        """Serve until SIGTERM or SIGINT, or another process takes over.
+
+        ``ready`` is called at the beginning.
+        """
         limit = GUESTRPC_CONTROL_MAX_BYTES
-        server = await asyncio.start_unix_server(
+        self._server = await asyncio.start_unix_server(
             self._serve_control, sock=self._control, limit=limit
         )
         try:
-            await run_service(ready)
+            await run_service(ready, retire=self._retire)
         finally:
-            server.close()
-            self._unfollow_contexts()
-            self._control_file.remove()
-            self._control_file.close()
-            for acceptor in self._acceptors:
-                acceptor.close()
-            for task in self._tasks:
-                task.cancel()
-            await asyncio.gather(*self._tasks, return_exceptions=True)
+            await self._retire()
+
+    def _retire(self) -> Awaitable[object]:
+        """Release what only one process can have open, at once; return the end of the rest.
+
+        The tools connect again, and wait in the listeners' backlog.
+        """
+        if not self._acceptors:  # retired before
+            return asyncio.gather(*self._tasks, return_exceptions=True)
+        self._server.close()
+        self._unfollow_contexts()
+        self._control_file.remove()
+        self._control_file.close()
+        for acceptor in self._acceptors:
+            acceptor.close()
+        self._acceptors.clear()
+        for task in self._tasks:
+            task.cancel()
+        self._variables.close()
+        return asyncio.gather(*self._tasks, return_exceptions=True)
 
     # Contexts
 
@@ -433,6 +442,7 @@ def run(
 ) -> int:
     """Serve until SIGTERM or SIGINT; return the exit status.
 
+    The process that is started first holds the listeners, and starts its command again to serve.
     ``context`` is the hypervisor's; ``state`` is the file of the variables, which are kept in
     memory without one; ``control`` is the path of the administrator's socket.  ``ready`` is called
     in each process that begins to serve.
@@ -440,68 +450,16 @@ def run(
     Raises OSError when a port is taken, or the process may not be the hypervisor.
     """
     listeners = [open_listener(locator, context) for locator in LOCATORS]
-    keeper = _Keeper(lambda: _serve_in_child(listeners, context, state, control, ready))
-    return keeper.run()
-
-
-class _Keeper:
-    """The process that holds the listeners while its child serves."""
-
-    def __init__(self, serve: Callable[[], int]) -> None:
-        self._serve = serve
-        self._child = 0
-        self._is_ending = False
-
-    def run(self) -> int:
-        """Return the exit status of the last child."""
-        for number in _SIGNALS:
-            signal.signal(number, self._forward)
-        keeper = os.getpid()
-        while True:
-            began = time.monotonic()
-            # Blocked until the child has handlers: a signal before that would be lost.
-            signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
-            self._child = os.fork()
-            if self._child == 0:
-                os._exit(self._begin(keeper))
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
-            if self._is_ending:  # the signal came while no child ran
-                os.kill(self._child, signal.SIGTERM)
-            _, status = os.waitpid(self._child, 0)
-            self._child = 0
-            code = os.waitstatus_to_exitcode(status)
-            if self._is_ending or code >= 0:
-                return code if code >= 0 else 128 - code
-            log.error("the serving process was ended by signal %d; starting another one", -code)
-            time.sleep(max(0.0, GUESTRPC_RESTART_SECONDS - (time.monotonic() - began)))
-
-    def _begin(self, keeper: int) -> int:
-        """Serve in the child until the end; return the exit status."""
-        end_with_parent(signal.SIGTERM)
-        if os.getppid() != keeper:  # killed before the call
-            return 1
-        return self._serve()
-
-    def _forward(self, number: int, frame: FrameType | None) -> None:
-        self._is_ending = True
-        if self._child:
-            os.kill(self._child, number)
-
-
-def _serve_in_child(
-    listeners: Sequence[Listener],
-    context: ContextHandle,
-    state: Path | None,
-    control: Path,
-    ready: Callable[[], object],
-) -> int:
-    def begin() -> None:
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
-        ready()
+    if not is_worker():
+        try:
+            return asyncio.run(keep_service(GUESTRPC_RESTART_SECONDS))
+        finally:
+            _remove_stale(control)
 
     async def serve() -> None:
+        take_over()  # a predecessor has the file of the variables and the control socket open
         with Variables(state) as variables:
-            await GuestService(variables, listeners, context, control).run(begin)
+            await GuestService(variables, listeners, context, control).run(ready)
 
     try:
         asyncio.run(serve())
@@ -515,3 +473,13 @@ def _serve_in_child(
         log.exception("unexpected error")
         return 1
     return 0
+
+
+def _remove_stale(control: Path) -> None:
+    """Remove the control socket that a process has left which was killed."""
+    with contextlib.suppress(OSError):
+        folder = open_folder(control.parent)
+        try:
+            remove_stale(control.name, folder)
+        finally:
+            os.close(folder)

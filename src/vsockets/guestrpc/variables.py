@@ -105,6 +105,10 @@ class Variables:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the file; what follows raises sqlite3.Error."""
         self._database.close()
 
     # Guests
