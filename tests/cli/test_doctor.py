@@ -27,11 +27,38 @@ def test_findings(alone: Vsock) -> None:
     assert not alone.folder.exists()  # doctor uses a private fabric
 
 
-def test_the_table_fits_a_terminal(alone: Vsock) -> None:
-    alone.environment["COLUMNS"] = "80"
+@pytest.mark.parametrize(("columns", "width"), [("60", 60), (None, 80)], ids=["narrow", "piped"])
+def test_the_table_fits_a_terminal(alone: Vsock, columns: str | None, width: int) -> None:
+    alone.environment.pop("COLUMNS", None)
+    if columns is not None:
+        alone.environment["COLUMNS"] = columns
     lines = alone("doctor").stdout.splitlines()
     assert lines[0].split()[:2] == ["WHAT", "DETAIL"]
-    assert all(len(line) <= 80 for line in lines)
+    assert all(len(line) <= width for line in lines)
+
+
+def test_a_cache_that_cannot_be_searched(tmp_path: Path) -> None:
+    """As with another user's HOME: it has no QEMU, and the other checks go on."""
+    if os.geteuid() != 0:
+        pytest.skip("needs root, to become another user")
+    (home := tmp_path / "home").mkdir(0o700)
+    find = """if True:
+        import os, sys
+        import vsockets.vm.qemu  # that user may be unable to read it
+        from vsockets.cli.doctor import qemu
+        os.setgroups([])
+        os.setuid(65534)
+        print(qemu().what)
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", find],
+        env={**os.environ, "HOME": str(home), "PATH": "/nowhere"},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.stdout == "QEMU\n", done.stderr
 
 
 def test_a_machine_without_a_working_fabric(alone: Vsock, tmp_path: Path) -> None:

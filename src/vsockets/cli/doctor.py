@@ -42,6 +42,10 @@ from .seccomp_profile import Runtime, make_profile
 #: Seconds that a program started by a check may take.
 _PATIENCE = 10.0
 
+#: Width of the table in a pipe or file, such as a CI job's log, in characters; programs have
+#: ``--json``.
+_WIDTH = 80
+
 #: Advice for a container that forbids a system call.
 RUNTIME_OPTION = "a container with a profile of vsock doctor --seccomp-profile"
 
@@ -88,7 +92,7 @@ def doctor(context: click.Context, as_json: bool, runtime: Runtime | None) -> No
             Column("DETAIL", whole=False),
             Column("TO INSTALL", whole=False),
         ]
-        print_table(columns, findings.values())
+        print_table(columns, findings.values(), piped=_WIDTH)
     if findings[fabric].state != "yes":
         context.exit(1)
 

@@ -111,7 +111,7 @@ def fabric(
     The command runs on the host of the new fabric, or in a guest with --cid; its AF_VSOCK leads
     there.  A program on the other side is started by vsock run within the command.  When the
     command ends, so do the fabric and every process that is left in it.  If the command fails,
-    vsockd's log is printed on standard error, with what was denied.
+    vsockd's log is printed on standard error, with what was denied, unless it is empty.
     """
     if context.parent is not None and context.parent.params.get("folder") is not None:
         raise click.UsageError("--dir has no effect: vsock fabric uses a folder of its own")

@@ -185,13 +185,14 @@ class Keeper:
             os.waitpid(left.si_pid, 0)
 
     def _print_log(self, status: int, failure: str) -> None:
+        """Print vsockd's log if it is not empty, below a title; a ``failure`` even without it."""
         code = os.waitstatus_to_exitcode(status)
         lines = self._fabric.log.splitlines()
         how = f"signal {-code}" if code < 0 else f"status {code}"
-        complain(
-            f"fabric: {failure or f'the command ended with {how}'}; vsockd's log: "
-            + ("" if lines else "(empty)")
-        )
+        if lines:
+            complain(f"fabric: {failure or f'the command ended with {how}'}; vsockd's log:")
+        elif failure:
+            complain(f"fabric: {failure}")
         for line in lines:
             print(printable(line), file=sys.stderr)
         sys.stderr.flush()

@@ -68,15 +68,18 @@ def print_json(value: Any) -> None:
     print(json.dumps(value, indent=2))
 
 
-def print_table(columns: Sequence[Column], rows: Iterable[Sequence[object]]) -> None:
+def print_table(
+    columns: Sequence[Column], rows: Iterable[Sequence[object]], piped: int = _UNLIMITED
+) -> None:
     """Print a table that fits the terminal, or ``$COLUMNS``.
 
-    Cells may come from guests: they pass through :func:`vsockets.model.text.printable`.
+    Without either its width is at most ``piped`` characters.  Cells may come from guests: they pass
+    through :func:`vsockets.model.text.printable`.
     """
     from rich.console import Console
 
     fits = sys.stdout.isatty() or "COLUMNS" in os.environ
-    console = Console(width=None if fits else _UNLIMITED, highlight=False)
+    console = Console(width=None if fits else piped, highlight=False)
     with console.capture() as capture:
         console.print(make_table(columns, rows, console.width))
     for line in capture.get().splitlines():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import signal
@@ -131,7 +132,7 @@ def find(device: str, program: str | None = None, download: bool = False) -> Qem
         found.require(device)
         return found
     except QemuNotFound:
-        if program is not None or not (download or (CACHE / _UNPACKED).exists()):
+        if program is not None or not (download or os.path.exists(CACHE / _UNPACKED)):
             raise
     found = probe(unpacked())
     found.require(device)
