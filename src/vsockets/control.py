@@ -67,7 +67,8 @@ class Control:
         those that a device or a forwarder has moved and reported; None for other sockets, whose
         bytes the kernel does not count.
         """
-        return self._request("sockets")  # type: ignore[no-any-return]
+        rows: list[dict[str, Any]] = self._request("sockets")
+        return sorted(rows, key=lambda row: (row["context"], row["type"], row["port"]))
 
     def counts(self) -> dict[str, Any]:
         """Return the counters of all contexts.
@@ -81,7 +82,8 @@ class Control:
         and ``streams`` are the current numbers.  The four numbers of bytes are those of
         :meth:`sockets`, summed over all streams of a virtual machine; None in other contexts.
         """
-        return self._request("counts")  # type: ignore[no-any-return]
+        *contexts, departed = self._request("counts")
+        return {"contexts": contexts, "departed": departed}
 
     def contexts(self) -> list[dict[str, Any]]:
         """Return a row for each context, with cid, name, owner (user id), folder and ports."""
@@ -264,6 +266,23 @@ class Control:
         return self._request("context.change", cid=cid, change=change)  # type: ignore[no-any-return]
 
     def _request(self, op: str, **arguments: Any) -> Any:
+        """Return vsockd's answer; a report that is answered in parts, as one list."""
+        deadline = time.monotonic() + VSOCKD_REPLY_TIMEOUT_SECONDS
+        while True:
+            try:
+                rows: list[Any] = []
+                reply = self._exchange(op, **arguments)
+                while "part" in reply:
+                    rows += reply["part"]
+                    reply = self._exchange("continue")
+            except OSError as error:
+                # vsockd was replaced during the report.
+                if error.errno != errno.ESTALE or time.monotonic() > deadline:
+                    raise
+            else:
+                return rows + reply["ok"] if rows else reply["ok"]
+
+    def _exchange(self, op: str, **arguments: Any) -> dict[str, Any]:
         self._sock.sendall(json.dumps({"op": op, **arguments}).encode() + b"\n")
         try:
             line = self._replies.readline()
@@ -274,7 +293,7 @@ class Control:
         reply = json.loads(line)
         if "error" in reply:
             raise OSError(reply["errno"], reply["error"])
-        return reply["ok"]
+        return reply  # type: ignore[no-any-return]
 
 
 class Events:

@@ -9,6 +9,7 @@ import json
 import os
 import socket
 import stat
+import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -16,6 +17,7 @@ import pytest
 
 import vsockets
 from vsockets.control import Control
+from vsockets.daemon.in_flight import IN_FLIGHT_MAX_BYTES
 from vsockets.fabric import Limits
 from vsockets.testing import PrivateFabric, wait_until
 
@@ -36,9 +38,16 @@ HUGE = 10**30
 @pytest.fixture
 def line(shared_fabric: PrivateFabric) -> Iterator[socket.socket]:
     """Yield a connection to the control socket."""
+    with connect_to(shared_fabric) as sock:
+        yield sock
+
+
+@contextlib.contextmanager
+def connect_to(fabric: PrivateFabric) -> Iterator[socket.socket]:
+    """Connect to a fabric's control socket."""
     with socket.socket(socket.AF_UNIX) as sock:
         sock.settimeout(PROMPT)
-        sock.connect(os.fspath(shared_fabric.folder / "control"))
+        sock.connect(os.fspath(fabric.folder / "control"))
         yield sock
 
 
@@ -257,6 +266,77 @@ def test_an_existing_folder_is_replaced(vsock_fabric: PrivateFabric) -> None:
     vsock_fabric.control.add_context(7)
 
 
+# Reports in parts
+
+
+@pytest.fixture
+def busy_fabric(vsock_fabric: PrivateFabric) -> Iterator[PrivateFabric]:
+    """A fabric whose list of sockets takes several parts."""
+    with contextlib.ExitStack() as servers:
+        for port in range(5000, 5200):
+            address = 2, port
+            servers.enter_context(vsockets.create_server(address, context=vsock_fabric.host))
+        yield vsock_fabric
+
+
+def test_a_long_report_comes_in_parts_between_which_others_are_served(
+    busy_fabric: PrivateFabric,
+) -> None:
+    with connect_to(busy_fabric) as line:
+        answer = ask_line(line, b'{"op": "sockets"}')
+        rows = []
+        while "part" in answer:
+            assert len(json.dumps(answer)) <= IN_FLIGHT_MAX_BYTES
+            rows += answer["part"]
+            vsockets.create_connection((2, 5000), context=busy_fabric.host).close()
+            answer = ask_line(line, b'{"op": "continue"}')
+        rows += answer["ok"]
+    listening = [row["port"] for row in rows if row["state"] == "listening"]
+    assert sorted(listening) == list(range(5000, 5200))
+
+
+def test_what_ends_during_a_report_is_left_out(busy_fabric: PrivateFabric) -> None:
+    with (
+        connect_to(busy_fabric) as line,
+        vsockets.create_server((2, 6000), context=busy_fabric.host) as server,
+    ):
+        answer = ask_line(line, b'{"op": "sockets"}')
+        rows = answer["part"]
+        server.close()
+        busy_fabric.control.sockets()  # vsockd has released the port
+        while "part" in answer:
+            answer = ask_line(line, b'{"op": "continue"}')
+            rows += answer.get("part", answer.get("ok"))
+    ports = [row["port"] for row in rows]
+    assert 6000 not in ports
+    assert 5199 in ports
+
+
+def test_a_replacement_ends_a_report(busy_fabric: PrivateFabric) -> None:
+    with connect_to(busy_fabric) as line:
+        assert "part" in ask_line(line, b'{"op": "sockets"}')
+        busy_fabric.control.replace()
+        assert ask_line(line, b'{"op": "continue"}')["errno"] == errno.ESTALE
+        assert "part" in ask_line(line, b'{"op": "sockets"}')
+
+
+def test_reports_are_complete_while_vsockd_is_replaced(busy_fabric: PrivateFabric) -> None:
+    ended = threading.Event()
+
+    def replace() -> None:
+        with Control(busy_fabric.folder) as control:
+            for _ in range(3):
+                control.replace()
+        ended.set()
+
+    replacing = threading.Thread(target=replace)
+    replacing.start()
+    while not ended.is_set():
+        ports = [row["port"] for row in busy_fabric.control.sockets()]
+        assert ports == list(range(5000, 5200))
+    replacing.join()
+
+
 # Invalid requests
 
 NOT_REQUESTS = {
@@ -286,7 +366,7 @@ def test_invalid_requests_get_an_error(line: socket.socket, what: str) -> None:
     assert set(answer) == {"error", "errno"}
     assert answer["errno"] in (errno.EINVAL, errno.ENOENT)
     assert answer["error"]
-    assert "ok" in ask_line(line, b'{"op": "status"}')
+    assert "error" not in ask_line(line, b'{"op": "status"}')
 
 
 @pytest.mark.parametrize(

@@ -190,6 +190,7 @@ def test_streams_that_change_after_their_rows_were_sent() -> None:
         restored.restore(reader, saved)
 
         assert state_of(other) == state_of(fabric)
+        restored.reap()
         assert restored.inodes().keys() == fabric.connections.keys() | {ended.number}
 
 

@@ -183,7 +183,8 @@ class BrokerWorld(World):
         self.loop.advance(chance.choice([0.001, 0.03, 1.0, 11.0]))
 
     def do_reap(self, chance: Random) -> None:
-        self.broker.refresh()
+        for _ in self.broker.refresh():
+            pass
 
     def do_exhaust(self, chance: Random) -> None:
         """vsockd has few descriptors left, for a while."""
@@ -681,7 +682,8 @@ class BrokerWorld(World):
         for _ in range(300):
             if not self.loop.turn(chance):
                 break
-        self.broker.refresh()
+        for _ in self.broker.refresh():
+            pass
         self.check()
         for context in self.fabric.contexts:
             assert not context.sockets and not context.cookies, f"leaked by {context}"

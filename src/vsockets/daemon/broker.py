@@ -166,16 +166,11 @@ class Broker:
         kept = (one for channels in self._channels.values() for one in channels)
         return next((one for one in kept if one.sock.fileno() == fd), None)
 
-    def refresh(self) -> None:
-        """Release every socket that has been closed."""
-        self.streams.reap()
-        self.datagrams.sweep()
-        self._probe_holders(len(self._holders))
-
-    def recount_pending(self) -> None:
-        """Recount accepted connections of all listeners: clients do not report accepts."""
-        for listener in self.listening():
-            listener.recount_pending()
+    def refresh(self) -> Iterator[None]:
+        """Release every socket that has been closed, in steps."""
+        yield from self.streams.reap_in_steps()
+        yield from self.datagrams.sweep()
+        yield from self._sweep_holders()
 
     # Channels
 

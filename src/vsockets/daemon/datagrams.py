@@ -510,7 +510,7 @@ class Datagrams:
 
     def start_sweep(self) -> None:
         """Release all sockets and routes that have been closed, as deferred work."""
-        self._deferred.start("datagram sockets", self._sweep_in_pieces())
+        self._deferred.start("datagram sockets", self.sweep())
 
     def traffic(self) -> Traffic:
         """Return the unread bytes by sender and by receiver."""
@@ -551,7 +551,8 @@ class Datagrams:
                 route.revoke()
         return run_for(end_sockets(names, nodes, owners), DATAGRAM_END_AT_ONCE_SECONDS)
 
-    def _sweep_in_pieces(self) -> Iterator[None]:
+    def sweep(self) -> Iterator[None]:
+        """Release every socket that has been closed, in steps."""
         for share in list(self._shares.values()):
             yield from self._sweep(share)
 
@@ -574,11 +575,6 @@ class Datagrams:
             self._journal.endpoint(endpoint)
             self._journal.row("sockets", self._journal.writer.number_of(endpoint), None)
         _socket_of(endpoint).close()
-
-    def sweep(self) -> None:
-        """Release every socket that has been closed."""
-        for _ in self._sweep_in_pieces():
-            pass
 
     def _sweep(self, share: _Share) -> Iterator[None]:
         """Release the closed sockets and routes of one party, in steps."""

@@ -93,6 +93,12 @@ CONTROL_BACKLOG_MAX = 4096
 #: Bytes of one request on the administrator's socket: far more than any request has.
 CONTROL_REQUEST_MAX_BYTES = 65_536
 
+#: Seconds of processor time in which an administrator's report is continued, while other clients
+#: wait, and rows in one answer: a row has some 350 bytes, so that an answer fits
+#: IN_FLIGHT_MAX_BYTES, and is not sent twice when vsockd is killed.
+CONTROL_REPORT_STEP_SECONDS = 0.001
+CONTROL_REPORT_PART_ROWS = 32
+
 #: Bytes that the entries of vsockd's journal may take before a new one is begun, and twice those of
 #: its beginning on top: so beginning one takes a small part of vsockd's time.
 DAEMON_JOURNAL_LEAST_BYTES = 4 << 20

@@ -287,6 +287,10 @@ class StreamLiveness:
         """Check the group that was checked longest ago."""
         self.check(next(iter(self._groups.values())))
 
+    def inodes(self) -> dict[int, int]:
+        """Return the inodes of accepting ends at the last check, by number of the stream."""
+        return {number: inode for inode, number in self._by_inode.items()}
+
     def find(self, inode: int) -> int | None:
         """Return the number of the stream whose accepting side has this inode, or None.
 

@@ -463,15 +463,17 @@ class Vsockd:
             self.broker.journal.row("values", 1, pickle.dumps(self.fabric.settings))
             self.broker.journal.commit()
 
-    def status(self) -> dict[str, Any]:
-        """Return vsockd's pid, folder, configuration, uptime in seconds, and counts."""
+    def status(self) -> reports.Report:
+        """Report vsockd's pid, folder, configuration, uptime in seconds, and counts."""
+        totals = yield from reports.status(self.broker)
+        assert totals is not None
         return {
             "pid": os.getpid(),
             "folder": str(self.folder),
             "configuration": str(self._configuration),
             "holder": None if self._in_flight is None else os.getppid(),
             "uptime": round(time.time() - self._started, 1),
-            **reports.status(self.broker),
+            **totals,
         }
 
     def _reload_by_signal(self) -> None:

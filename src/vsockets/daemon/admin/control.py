@@ -2,6 +2,10 @@
 
 ``{"op": "context.add", "cid": 3}`` is answered by ``{"ok": …}`` or by
 ``{"error": "…", "errno": 17}``.  The socket's mode admits the fabric's owner and root.
+
+A long report is answered in parts, so that other clients never wait for it: as long as the answer
+is ``{"part": [rows]}``, the administrator sends ``{"op": "continue"}``; ``{"ok": …}`` has the last
+rows.
 """
 
 from __future__ import annotations
@@ -16,6 +20,7 @@ import socket
 from collections.abc import Callable, Mapping
 from enum import Enum
 from pathlib import Path
+from time import thread_time
 from typing import Any
 
 from ..._linux.folders import describe, file_mode
@@ -40,7 +45,12 @@ from ..handover import Reader, Saved, Writer
 from ..hybrid_listener import PlayedHostLink
 from ..in_flight import IN_FLIGHT_MAX_BYTES, Step
 from ..journal import Journal
-from ..limits import CONTROL_REQUEST_MAX_BYTES, EVENTS_UNREAD_MAX_BYTES
+from ..limits import (
+    CONTROL_REPORT_PART_ROWS,
+    CONTROL_REPORT_STEP_SECONDS,
+    CONTROL_REQUEST_MAX_BYTES,
+    EVENTS_UNREAD_MAX_BYTES,
+)
 from . import reports
 from .audit import Events, Topic
 
@@ -52,7 +62,7 @@ class ControlHandlers:
     broker: Broker
     contexts: ContextManager
     events: Events
-    status: Callable[[], dict[str, Any]]
+    status: Callable[[], reports.Report]
     reload: Callable[[], None]
     stop: Callable[[], None]
     #: starts a replacement; its argument is called with the reason if that fails
@@ -159,11 +169,14 @@ class ControlSession:
         self._sock = sock
         self._received = b""
         self._leases: list[Context] = []
-        self._operations: dict[str, Callable[[Table], Any]] = {
-            "status": lambda _: handlers.status(),
-            "counts": lambda _: reports.counts(handlers.broker),
-            "sockets": lambda _: reports.socket_rows(handlers.broker),
+        self._report: reports.Report | None = None  # to be continued
+        self._reports: dict[str, Callable[[], reports.Report]] = {
+            "status": handlers.status,
+            "counts": lambda: reports.counts(handlers.broker),
+            "sockets": lambda: reports.socket_rows(handlers.broker),
             "context.list": self._list_contexts,
+        }
+        self._operations: dict[str, Callable[[Table], Any]] = {
             "context.add": self._add_context,
             "context.change": self._change_context,
             "context.remove": self._remove_context,
@@ -320,8 +333,14 @@ class ControlSession:
         try:
             request = _read_request(line)
             op = request.values.get("op")
+            if op == "continue":
+                return self._continue_report()
+            if isinstance(op, str) and op in self._reports:
+                self._report = self._reports[op]()
+                return self._continue_report()
             if not isinstance(op, str) or op not in self._operations:
-                raise request.error(f"expected one of {sorted(self._operations)}", "op")
+                known = sorted([*self._operations, *self._reports, "continue"])
+                raise request.error(f"expected one of {known}", "op")
             return {"ok": self._operations[op](request)}
         except ConfigurationError as error:
             return {"error": str(error), "errno": errno.EINVAL}
@@ -342,13 +361,40 @@ class ControlSession:
             journal.commit()
         self._sock.close()
 
+    # Reports
+
+    def _continue_report(self) -> dict[str, Any]:
+        """Work on the report for a moment; return the rows made, and whether it is complete."""
+        if self._report is None:
+            raise Refused(errno.ESTALE, "vsockd was replaced during the report: request it again")
+        rows: list[reports.Row] = []
+        end = thread_time() + CONTROL_REPORT_STEP_SECONDS
+        try:
+            while len(rows) < CONTROL_REPORT_PART_ROWS and thread_time() < end:
+                row = next(self._report)
+                if row is not None:
+                    rows.append(row)
+        except StopIteration as stop:
+            self._report = None
+            return {"ok": rows if stop.value is None else stop.value}
+        except BaseException:
+            self._report = None
+            raise
+        return {"part": rows}
+
     # Contexts
 
-    def _list_contexts(self, _: Table) -> list[dict[str, Any]]:
-        self._handlers.broker.refresh()
-        self._handlers.broker.recount_pending()
-        contexts = sorted(self._handlers.broker.fabric.contexts, key=lambda context: context.cid)
-        return [self._row(context) for context in contexts if context.cid]
+    def _list_contexts(self) -> reports.Report:
+        broker = self._handlers.broker
+        yield from broker.refresh()
+        for listener in list(broker.listening()):
+            if listener.is_open():
+                listener.recount_pending()  # programs do not report accepted connections
+            yield None
+        for context in reports.by_cid(broker):
+            if context.cid:
+                yield self._row(context)
+        return None
 
     def _row(self, context: Context) -> dict[str, Any]:
         folder = self._handlers.contexts.folder_of(context)

@@ -1,11 +1,16 @@
-"""Reports for the administrator, as plain values for JSON."""
+"""Reports for the administrator, as plain values for JSON.
+
+A host may have a hundred thousand streams.  So a report is made in steps: an iterator that yields a
+row, or None after some work without one, and the session does a few steps per request
+(:mod:`.control`).  What ends between two steps is left out.
+"""
 
 from __future__ import annotations
 
 import os
 import time
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Generator, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -14,23 +19,32 @@ from ...model.byte_meter import ByteMeter
 from ..broker import Broker
 from ..datagrams import Traffic
 
+Row = dict[str, Any]
+#: A report in the making, and what it returns beside its rows.
+Report = Generator[Row | None, None, Row | None]
 
-def status(broker: Broker) -> dict[str, Any]:
+#: Streams counted in one step: some 100 microseconds.
+_COUNTED_PER_STEP = 256
+
+
+def status(broker: Broker) -> Report:
     """Return the totals of contexts, sockets, streams, refusals and denials, as numbers by name."""
-    broker.refresh()
+    yield from broker.refresh()
     fabric = broker.fabric
     total = Counts()
     total.add(fabric.departed)
-    for context in fabric.contexts:
+    listeners = 0
+    for context in list(fabric.contexts):
         total.add(context.counts)
+        listeners += sum(
+            isinstance(holder, Endpoint) and holder.listening
+            for holder in context.connected.values()
+        )
+        yield None
     return {
         "contexts": sum(context.cid != 0 for context in fabric.contexts),
         "streams": len(fabric.connections),
-        "listeners": sum(
-            isinstance(holder, Endpoint) and holder.listening
-            for context in fabric.contexts
-            for holder in context.connected.values()
-        ),
+        "listeners": listeners,
         "datagram_sockets": len(broker.datagrams),
         "refusals": total.refusals,
         "denials": sum(total.denials.values()),
@@ -39,28 +53,35 @@ def status(broker: Broker) -> dict[str, Any]:
     }
 
 
-def counts(broker: Broker) -> dict[str, Any]:
-    """Return each context's sockets and streams, and its counters since it was added."""
-    broker.refresh()
+def counts(broker: Broker) -> Report:
+    """Report each context's sockets and streams, and its counters since it was added.
+
+    The last row has the sums of the contexts that have ended.
+    """
+    yield from broker.refresh()
     streams: Counter[Context] = Counter()
-    for stream in broker.fabric.connections.values():
+    for number, stream in enumerate(list(broker.fabric.connections.values())):
         streams.update({stream.context, stream.peer_context})
-    return {
-        "contexts": [
-            {
-                "cid": context.cid,
-                "name": context.name,
-                "leased": context.leased,
-                "state": context.state.value,
-                "sockets": context.sockets,
-                "streams": streams[context],
-                **_bytes(context.meter),
-                **_counted(context.counts),
-            }
-            for context in sorted(broker.fabric.contexts, key=lambda context: context.cid)
-        ],
-        "departed": _counted(broker.fabric.departed),
-    }
+        if number % _COUNTED_PER_STEP == 0:
+            yield None
+    for context in by_cid(broker):
+        yield {
+            "cid": context.cid,
+            "name": context.name,
+            "leased": context.leased,
+            "state": context.state.value,
+            "sockets": context.sockets,
+            "streams": streams[context],
+            **_bytes(context.meter),
+            **_counted(context.counts),
+        }
+    yield _counted(broker.fabric.departed)
+    return None
+
+
+def by_cid(broker: Broker) -> list[Context]:
+    """Return the contexts at this moment, in the order of their CIDs."""
+    return sorted(broker.fabric.contexts, key=lambda context: context.cid)
 
 
 def _bytes(meter: ByteMeter | None, is_other_end: bool = False) -> dict[str, Any]:
@@ -87,7 +108,7 @@ def _counted(counts: Counts) -> dict[str, Any]:
     }
 
 
-def context_row(broker: Broker, context: Context, folder: Path) -> dict[str, Any]:
+def context_row(broker: Broker, context: Context, folder: Path) -> Row:
     """Return a context's identity, rights and usage.
 
     ``limits`` is null for the host and the hypervisor, which are not limited.
@@ -139,26 +160,29 @@ def streams_left(broker: Broker, streams: Iterable[Connection]) -> list[dict[str
     ]
 
 
-def socket_rows(broker: Broker) -> list[dict[str, Any]]:
-    """Return every socket: bound and listening ones, datagram sockets, both ends of streams.
+def socket_rows(broker: Broker) -> Report:
+    """Report every socket: bound and listening ones, datagram sockets, both ends of streams.
 
     ``pid`` and ``uid`` are those of the process that sent the request to vsockd.  Streams have no
     queue sizes here, but the inodes to ask the kernel for them.
     """
-    broker.refresh()
+    yield from broker.refresh()
     inodes = broker.streams.inodes()
     traffic = broker.datagrams.traffic()
-    rows: list[dict[str, Any]] = []
-    for context in broker.fabric.contexts:
-        for holder in [*context.connected.values(), *context.datagrams.values()]:
-            if isinstance(holder, Connection):
-                rows += _stream_rows(holder, inodes.get(holder.number))
-            else:
-                rows.append(_endpoint_row(holder, traffic))
-    return sorted(rows, key=lambda row: (row["context"], row["type"], row["port"]))
+    yield None
+    for context in by_cid(broker):
+        for sockets in (context.connected, context.datagrams):
+            for key, holder in list(sockets.items()):
+                if sockets.get(key) is not holder:
+                    continue  # closed since the last step
+                if isinstance(holder, Connection):
+                    yield from _stream_rows(holder, inodes.get(holder.number))
+                else:
+                    yield _endpoint_row(holder, traffic)
+    return None
 
 
-def _endpoint_row(endpoint: Endpoint, traffic: Traffic) -> dict[str, Any]:
+def _endpoint_row(endpoint: Endpoint, traffic: Traffic) -> Row:
     state = "bound"
     receive = send = 0
     if endpoint.kind is EndpointKind.DATAGRAM:
