@@ -539,6 +539,33 @@ def test_restarted_guest_has_no_connections(rig: Rig) -> None:
         ring.close()
 
 
+def test_connect_to_a_paused_guest_waits(rig: Rig) -> None:
+    guest = rig.guest()
+    bases = [guest.front_end.stop_ring(index) for index in range(3)]
+    sock, answers = rig.connect_to_guest(700)
+    assert answers == []
+    for index, ring in enumerate(guest.rings):
+        guest.front_end.set_ring(index, ring, bases[index])
+    stream = accept(guest)
+    wait_until(lambda: answers == [0], "the host to be told")
+    sock.send(b"hello")
+    assert stream.receive(5) == b"hello"
+
+
+def test_connect_to_a_guest_that_restarts_is_refused(rig: Rig) -> None:
+    stream, _ = opened(rig)
+    guest = stream.guest
+    for index in range(3):
+        guest.front_end.stop_ring(index)
+    _, answers = rig.connect_to_guest(700)
+    fresh = [type(ring)(guest.memory, 16) for ring in guest.rings]
+    for index, ring in enumerate(fresh):
+        guest.front_end.set_ring(index, ring)
+    wait_until(lambda: answers == [errno.ECONNRESET], "the host to be told")
+    for ring in fresh:
+        ring.close()
+
+
 def test_machine_reconnects(rig: Rig) -> None:
     stream, sock = opened(rig)
     stream.guest.front_end.close()

@@ -97,6 +97,7 @@ class VirtioVsock:
         self._vrings: dict[int, Vring] = {}
         self._bases: dict[int, int] = {}  # positions of stopped rings
         self._receive: ReceiveQueue | None = None
+        self._is_paused = False  #: the guest has stopped its receive ring: it may continue
         self._transmit: TxPoll | None = None
         self._events: Ring | None = None
         #: connections that have packets for the guest, in the order of their turns
@@ -141,6 +142,7 @@ class VirtioVsock:
         assert vring.kick is not None
         self._loop.watch_for(vring.kick, self.poll, _EACH_KICK)
         if index == RECEIVE:
+            self._is_paused = False
             self._receive = ReceiveQueue(ring, self.cid, self.capture)
         elif index == TRANSMIT:
             queue = TransmitQueue(ring, self.cid, self, self.capture)
@@ -161,6 +163,7 @@ class VirtioVsock:
             assert self._receive is not None
             base = self._receive.stop()
             self._receive = None
+            self._is_paused = True
         elif index == TRANSMIT:
             assert self._transmit is not None
             base = self._transmit.stop()
@@ -176,6 +179,7 @@ class VirtioVsock:
         """Implement :class:`.session.Device`."""
         self._discard_connections()
         self._bases.clear()
+        self._is_paused = False
 
     # The host
 
@@ -189,15 +193,17 @@ class VirtioVsock:
         """Connect ``sock`` to the guest's ``port``; take ownership of ``sock``.
 
         ``peer`` is the client's CID and port.  ``reply`` is called with 0 when the guest accepts,
-        else with the errno for the client, after which ``sock`` is closed.
+        else with the errno for the client, after which ``sock`` is closed.  While the guest is
+        paused, the connect waits for it to continue.
         """
         key = (*peer, port)
+        is_off = self._receive is None and not self._is_paused
         if (
-            self._receive is None
+            is_off
             or key in self.connections
             or len(self.connections) >= VIRTIO_CONNECTIONS_MAX
         ):
-            reply(errno.EHOSTUNREACH if self._receive is None else errno.ECONNRESET)
+            reply(errno.EHOSTUNREACH if is_off else errno.ECONNRESET)
             sock.close()
             return
         connection = VirtioConnection(
@@ -309,6 +315,7 @@ class VirtioVsock:
         log.warning("context %d: ring %d disabled: %s", self.cid, index, error)
         vring = self._vrings[index]
         self.stop_ring(index)
+        self._is_paused = False
         vring.report_error()
         self._discard_connections()
 
