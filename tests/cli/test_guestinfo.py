@@ -15,10 +15,11 @@ import pytest
 
 import vsockets
 from vsockets.attachment import Attachment
-from vsockets.guestrpc.packets import RPCI_PORT, TCLO_PORT, Decoder, encode, encode_ping
+from vsockets.guestrpc.packets import RPCI_PORT, TCLO_PORT, encode, encode_ping
 from vsockets.testing import PrivateFabric, wait_until
 
-from .vsock import PATIENCE, Running, Vsock
+from .played_tools import PlayedTools
+from .vsock import Running, Vsock
 
 VMX = """\
 virtualHW.version = "19"
@@ -27,40 +28,6 @@ guestinfo.userdata = "c2VjcmV0"
 guestinfo.userdata.encoding = "base64"
 guest_rpc.rpci.auth.cmd.info-get = "FALSE"
 """
-
-
-class PlayedTools:
-    """A connection of a guest's tools."""
-
-    def __init__(self, guest: Attachment, port: int, source: int = vsockets.VMADDR_PORT_ANY):
-        self._sock = vsockets.socket(context=guest)
-        self._sock.settimeout(PATIENCE)
-        self._decoder = Decoder()
-        if source != vsockets.VMADDR_PORT_ANY:
-            self._sock.bind((vsockets.VMADDR_CID_ANY, source))
-        self._sock.connect((0, port))
-
-    def __enter__(self) -> PlayedTools:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._sock.close()
-
-    def send(self, data: bytes) -> None:
-        """Send bytes as they are."""
-        self._sock.sendall(data)
-
-    def receive(self) -> bytes:
-        """Return the payload of the next packet, or b"" at the end."""
-        while data := self._sock.recv(65_536):
-            for packet in self._decoder.feed(data):
-                return packet.payload
-        return b""
-
-    def ask(self, request: bytes) -> bytes:
-        """Return the reply to a request."""
-        self.send(encode(request))
-        return self.receive()
 
 
 @pytest.fixture
@@ -177,6 +144,35 @@ def test_connections_wait_while_the_service_is_replaced(
     service.process.send_signal(signal.SIGTERM)
     service.finish()
     assert not (vsock.folder / "guestinfo").exists()
+
+
+def test_the_tools_are_told_of_suspend_and_resume(
+    vsock: Vsock, service: Running, guest: Attachment
+) -> None:
+    """The scripts for a suspend have run before the streams end."""
+    cid = guest.cid
+    vsock("guestinfo", "enable", cid)
+    with PlayedTools(guest, TCLO_PORT) as tools:
+        _become_daemon(tools)
+        assert "are running" in service.error_line()
+        suspending = vsock.start("context", "suspend", cid)
+        assert tools.receive() == b"OS_Suspend"
+        tools.send(encode(b"OK "))
+        assert json.loads(vsock("context", "ls", "--json").stdout)[-1]["state"] == "running"
+        assert ask(guest, b"tools.os.statechange.status 1 5") == b"1 "
+        suspending.finish()
+        with contextlib.suppress(OSError):
+            assert tools.receive() == b""
+    vsock("context", "resume", cid)
+    with PlayedTools(guest, TCLO_PORT) as tools:
+        _become_daemon(tools)
+        assert tools.receive() == b"OS_Resume"
+        tools.send(encode(b"OK "))
+        refused = vsock.start("context", "suspend", cid)
+        assert tools.receive() == b"OS_Suspend"
+        tools.send(encode(b"ERROR busy"))
+        said = "the tools refuse OS_Suspend: b'busy'; suspending the guest nevertheless"
+        assert said in refused.finish()[1]
 
 
 def test_another_process_takes_over(vsock: Vsock, service: Running, guest: Attachment) -> None:

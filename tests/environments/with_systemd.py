@@ -226,6 +226,18 @@ def test_a_device_of_a_machine(machine: SystemdMachine, kind: str) -> None:
     machine.run("test", "!", "-e", path)
 
 
+def test_the_service_of_vmware_tools(machine: SystemdMachine) -> None:
+    """It serves a guest, is replaced, and keeps variables over a restart."""
+    unit = "vsock-guestinfo"
+    assert machine.run("systemctl", "is-enabled", unit, expect=None) == "disabled\n"
+    machine.run("systemctl", "enable", "--now", unit)
+    machine.shell("vsock guestinfo enable 5 && vsock guestinfo set 5 userdata secret")
+    replace(machine, unit)
+    machine.run("systemctl", "restart", unit)
+    assert machine.run("vsock", "guestinfo", "get", "5", "userdata") == "secret\n"
+    assert machine.run("stat", "--format=%a", "/var/lib/vsock-guestinfo/variables") == "600\n"
+
+
 @pytest.mark.parametrize("unit", EXPOSURES)
 def test_exposure_is_that_of_the_page(machine: SystemdMachine, unit: str) -> None:
     name = unit.replace("@", "@5")
@@ -272,7 +284,8 @@ def test_a_purge_leaves_nothing(machine: SystemdMachine) -> None:
     machine.shell("rm -r /etc/vsock/forward /etc/vsock/guests.toml")
     machine.run("dpkg", "--purge", "vsockets")
     assert machine.run("systemctl", "list-units", "--all", "--plain", "--no-legend", "vsock*") == ""
-    assert machine.shell("ls -d /run/vsock* /etc/vsock* 2>/dev/null", expect=None) == ""
+    left = "ls -d /run/vsock* /etc/vsock* /var/lib/vsock* 2>/dev/null"
+    assert machine.shell(left, expect=None) == ""
     assert machine.shell("ls /etc/systemd/system/*.wants/vsock*", expect=None) == ""
     running = "for pid in /proc/[0-9]*; do readlink $pid/exe; tr '\\0' ' ' <$pid/cmdline; done"
     assert "/usr/bin/vsock" not in machine.shell(f"{running} 2>/dev/null", expect=None)

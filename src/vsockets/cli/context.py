@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from ..fabric.settings import Profile
-from ..guestrpc.client import RequestFailed, request
+from ..guestrpc.client import announce_suspend, claims_of_guests
 from ..model.address import parse_cid, parse_port
 from ..state_folder import default_folder
 from ..vmware import VmxError, read_vmx
@@ -158,25 +158,9 @@ def ls(as_json: bool, verbose: bool) -> None:
     if verbose:
         columns += [Column("LEASED"), Column("RESERVED PORTS"), Column("VMWARE TOOLS", least=12)]
         columns += [Column("FOLDER", whole=False)]
-        claims = _claims()
+        claims = claims_of_guests(default_folder())
     rows = (_row(one, claims.get(one["cid"], "")) for one in contexts)
     print_table(columns, (row[: len(columns)] for row in rows))
-
-
-def _claims() -> dict[int, str]:
-    """Return what the VMware Tools of guests claim, by CID; empty unless the service runs."""
-    names = "host name", "address", "OS"
-    try:
-        guests = request(default_folder(), "list")
-    except (OSError, RequestFailed):
-        return {}
-    return {
-        one["cid"]: ", ".join(
-            ("running" if one["running"] else "not running",)
-            + tuple(one["claims"][name] for name in names if name in one["claims"])
-        )
-        for one in guests
-    }
 
 
 def _row(context: dict[str, Any], claims: str) -> tuple[object, ...]:
@@ -226,8 +210,13 @@ def report_left(answer: dict[str, Any]) -> None:
 @context.command("suspend")
 @cid_argument
 def suspend(cid: int) -> None:
-    """Suspend a guest: drop its connections, and refuse new ones until it is resumed."""
+    """Suspend a guest: drop its connections, and refuse new ones until it is resumed.
+
+    VMware Tools that run in it (vsock guestinfo) are told before, and after the resume.
+    """
     with administrator() as control:
+        if problem := announce_suspend(default_folder(), cid):
+            notice(f"{problem}; suspending the guest nevertheless")
         report_left(control.suspend(cid))
 
 

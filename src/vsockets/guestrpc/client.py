@@ -18,6 +18,9 @@ from .limits import (
 #: The name of the service's control socket, in the fabric's state folder.
 CONTROL = "guestinfo"
 
+#: Timeout in seconds of a list of guests, which the service has in memory.
+_LIST_SECONDS = 5.0
+
 
 def to_text(value: bytes) -> str:
     """Return a variable's value as the control protocol has it."""
@@ -33,8 +36,12 @@ class RequestFailed(Exception):
     """A request that the service did not carry out; the message says why."""
 
 
-def request(folder: Path, do: str, **given: Any) -> Any:
+def request(
+    folder: Path, do: str, *, limit: float = 2 * GUESTRPC_COMMAND_TIMEOUT_SECONDS, **given: Any
+) -> Any:
     """Return the result of a request to the service of the fabric in ``folder``.
+
+    ``limit`` is the time in seconds that each step may take.
 
     Raises RequestFailed when the service refuses it, OSError when the service cannot be reached.
     """
@@ -43,7 +50,7 @@ def request(folder: Path, do: str, **given: Any) -> Any:
         most = GUESTRPC_HOST_VARIABLES_MAX_BYTES
         raise RequestFailed(f"too many bytes of variables, expected at most {most}")
     with socket.socket(socket.AF_UNIX) as sock:
-        sock.settimeout(2 * GUESTRPC_COMMAND_TIMEOUT_SECONDS)
+        sock.settimeout(limit)
         connect_to(sock.connect, os.fspath(folder / CONTROL))
         sock.sendall(line)
         with sock.makefile("rb") as replies:
@@ -54,3 +61,38 @@ def request(folder: Path, do: str, **given: Any) -> Any:
     if "error" in reply:
         raise RequestFailed(reply["error"])
     return reply["result"]
+
+
+def claims_of_guests(folder: Path) -> dict[int, str]:
+    """Return what the VMware Tools of guests claim, by CID; empty unless the service runs."""
+    names = "host name", "address", "OS"
+    return {
+        one["cid"]: ", ".join(
+            ("running" if one["running"] else "not running",)
+            + tuple(one["claims"][name] for name in names if name in one["claims"])
+        )
+        for one in _guests(folder)
+    }
+
+
+def announce_suspend(folder: Path, cid: int) -> str | None:
+    """Have the VMware Tools of a guest, if they run, prepare it to be suspended.
+
+    Returns the reason if they have failed to.
+    """
+    if not any(one["cid"] == cid and one["running"] for one in _guests(folder)):
+        return None
+    try:
+        request(folder, "send", cid=cid, change="suspend")
+    except (OSError, RequestFailed) as error:
+        return str(error)
+    return None
+
+
+def _guests(folder: Path) -> list[dict[str, Any]]:
+    """Return the guests that are enabled; an empty list unless the service runs."""
+    try:
+        guests: list[dict[str, Any]] = request(folder, "list", limit=_LIST_SECONDS)
+    except (OSError, RequestFailed):
+        return []
+    return guests

@@ -104,6 +104,8 @@ class Guest:
     claims: dict[str, str] = field(default_factory=dict)  #: what its tools say, by what it is
     capabilities: dict[str, str] = field(default_factory=dict)
     heard: float = 0.0  #: monotonic time of the last sign of life; 0 without one
+    is_suspended: bool = False  #: its tools have yet to be told of the resume
+    changed: Callable[[], object] = lambda: None  #: called when its scripts for a change have run
 
     def claim(self, name: str, value: bytes) -> None:
         """Record what the guest says of itself."""
@@ -205,6 +207,7 @@ def _note_state(guest: Guest, rest: bytes) -> None:
     found = re.fullmatch(rb"(\d{1,3}) (\d{1,3})", rest)
     if found and (name := _STATES.get(int(found[2]))):
         guest.claims["state"] = name if found[1] == b"1" else f"{name}: the scripts have failed"
+        guest.changed()
 
 
 def _set_guest_info(guest: Guest, rest: bytes) -> None:

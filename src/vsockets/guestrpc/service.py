@@ -154,7 +154,7 @@ class GuestService:
         loop = asyncio.get_running_loop()
         try:
             self._events = Events(self._folder, ("context",))
-            loop.add_reader(self._events.fileno(), self._notice_removed)
+            loop.add_reader(self._events.fileno(), self._notice_changes)
             self._forget_all_without_context()
         except OSError:
             self._unfollow_contexts()
@@ -174,8 +174,8 @@ class GuestService:
         for cid in self._guests.keys() - present:
             self._forget_removed(cid)
 
-    def _notice_removed(self) -> None:
-        """Forget the guests whose contexts have been removed.
+    def _notice_changes(self) -> None:
+        """Forget the guests whose contexts have been removed, and note which were suspended.
 
         Called also before a connection or a request is handled, which may be of the CID's next
         guest.
@@ -191,8 +191,14 @@ class GuestService:
             self._follow_contexts()
             return
         for event in events:
-            if event["change"] == "removed":
-                self._forget_removed(event["cid"])
+            guest = self._guests.get(event["cid"])
+            match event["change"]:
+                case "removed":
+                    self._forget_removed(event["cid"])
+                case "suspend" if guest is not None:
+                    guest.is_suspended = True
+                case "reset" | "power-off" if guest is not None:
+                    guest.is_suspended = False
         if any(event["missed"] for event in events):
             with contextlib.suppress(OSError):  # vsockd has ended: the next event
                 self._forget_all_without_context()
@@ -224,7 +230,7 @@ class GuestService:
         except OSError:
             sock.close()
             return
-        self._notice_removed()
+        self._notice_changes()
         guest = self._guests.get(cid)
         if guest is None:
             log.info("guest %d: refused: it is not enabled", cid, extra=logs.rare(cid))
@@ -310,6 +316,10 @@ class GuestService:
     def _is_ready(self, guest: Guest, channel: CommandChannel) -> None:
         self._channels[guest.cid] = channel
         log.log(logs.NOTICE, "guest %d: VMware Tools are running", guest.cid)
+        if guest.is_suspended:  # they have connected again
+            guest.is_suspended = False
+            with contextlib.suppress(CommandFailed):
+                channel.command(STATE_CHANGES["resume"], lambda answer: None)
 
     def _set_option(self, guest: Guest, option: bytes) -> None:
         if channel := self._channels.get(guest.cid):
@@ -339,7 +349,7 @@ class GuestService:
         writer.close()
 
     async def _carry_out(self, do: str, cid: int = 0, **given: Any) -> Any:
-        self._notice_removed()
+        self._notice_changes()
         if do == "list":
             return [self._described(guest) for _, guest in sorted(self._guests.items())]
         if do == "admit":
@@ -398,15 +408,20 @@ class GuestService:
         if channel is None:
             raise ControlError(f"guest {cid}: no VMware Tools are connected")
         answered = asyncio.get_running_loop().create_future()
+        finished = asyncio.Event()
 
         def answer(given: bytes | CommandFailed) -> None:
             if not answered.done():
                 answered.set_result(given)
 
+        guest = self._guests[cid]
+        guest.changed = finished.set
         channel.command(STATE_CHANGES[change], answer)
         try:
             async with asyncio.timeout(GUESTRPC_COMMAND_TIMEOUT_SECONDS):
                 text = await answered
+                if change == "suspend" and not isinstance(text, CommandFailed):
+                    await finished.wait()  # the scripts run after the answer
         except TimeoutError:
             limit = f"{GUESTRPC_COMMAND_TIMEOUT_SECONDS:g} s"
             raise ControlError(

@@ -12,8 +12,10 @@ import pytest
 
 import vsockets
 from vsockets import Attachment
+from vsockets.guestrpc.packets import RPCI_PORT
 from vsockets.testing import PrivateFabric, wait_until
 
+from ..played_tools import PlayedTools
 from ..vsock import Running, Vsock
 
 pytest.importorskip("selenium", reason="needs selenium (pip install -e '.[dev]')")
@@ -327,3 +329,22 @@ def test_a_hundred_guests_on_a_telephone(
         browser.driver.set_window_size(size["width"], size["height"])
         for guest in guests:
             fabric.control.remove_context(guest.cid)
+
+
+def test_claims_of_a_guest_are_text(
+    web: Running, vsock: Vsock, browser: Browser, guests: list[Attachment], tmp_path: Path
+) -> None:
+    """The column exists while a guest is enabled; a guest's words are no markup."""
+    assert browser.texts("#tools-column:not([hidden])") == []
+    guest = guests[0]
+    service = vsock.start("guestinfo", "serve", "--state", tmp_path / "state")
+    assert "serving" in service.error_line()
+    vsock("guestinfo", "enable", guest.cid)
+    name = '<img src=x onerror="document.body.remove()">\x1b[2J'
+    with PlayedTools(guest, RPCI_PORT) as tools:
+        assert tools.ask(b"SetGuestInfo  1 " + name.encode()) == b"1 "
+    shown = "not running, " + name.replace("\x1b", "\\x1b")
+    cell = f"#contexts [data-key='{guest.cid}'] td:nth-child(12)"
+    browser.wait(lambda: browser.texts(cell) == [shown], "the claim")
+    assert browser.texts("#tools-column:not([hidden])") == ["VMware Tools claim"]
+    browser.check("claims")

@@ -20,6 +20,7 @@ from importlib.resources import files
 from typing import Any
 
 from ...control import Control
+from ...guestrpc.client import announce_suspend
 from ..connect import administrator
 from ..http_server import Request, Response, text
 from ..limits import WEB_SESSIONS_MAX
@@ -242,13 +243,18 @@ def _read_action(body: bytes) -> Callable[[Control], dict[str, Any]]:
         raise BadAction("body: expected JSON") from None
     match request:
         case {"action": "suspend", "cid": int(cid)}:
-            return lambda control: control.suspend(cid)
+            return lambda control: _suspend(control, cid)
         case {"action": "resume", "cid": int(cid)}:
             return lambda control: control.resume(cid)
         case {"action": "disconnect", "local": [int(), int()], "peer": [int(), int()]}:
             local, peer = request["local"], request["peer"]
             return lambda control: control.disconnect(local, peer)
     raise BadAction("action: expected suspend or resume with cid, or disconnect with local, peer")
+
+
+def _suspend(control: Control, cid: int) -> dict[str, Any]:
+    announce_suspend(control.folder, cid)
+    return control.suspend(cid)
 
 
 def _json(status: int, value: dict[str, Any]) -> Response:

@@ -11,6 +11,7 @@ from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from ...control import Control
+from ...guestrpc.client import claims_of_guests
 from ...model.text import all_printable
 from ..connect import administrator
 from ..limits import WEB_CONTEXTS_MAX, WEB_EVENTS_MAX, WEB_STREAMS_MAX
@@ -103,7 +104,9 @@ class Watcher:
         fill_queues(sockets)
         rates = self._rates.update(counts, time.monotonic())
         find = Owners().find
-        return make_snapshot(control.status(), counts, control.contexts(), sockets, rates, find)
+        claims = claims_of_guests(control.folder)
+        contexts = [{**row, "tools": claims.get(row["cid"], "")} for row in control.contexts()]
+        return make_snapshot(control.status(), counts, contexts, sockets, rates, find)
 
     def _disconnect(self) -> None:
         if self._control is not None:
@@ -190,6 +193,7 @@ def _context(row: _Row, facts: _Row, rates: Mapping[int, Mapping[str, float]]) -
         "ft": facts.get("ft", False),
         "profile": facts.get("profile", "default"),
         "guest": row["cid"] > 2,
+        "tools": facts.get("tools", ""),
         "sockets": row["sockets"],
         "streams": row["streams"],
         "denials": sum(row["denials"].values()),

@@ -28,9 +28,11 @@ export const state = (context) => (STATES[context.state] ?? context.state) + (co
 /** Draw the table of contexts.  `select` is called with the CID of a chosen context. */
 export function showContexts(snapshot, selected, select) {
   remember(snapshot.contexts);
+  const claimless = snapshot.contexts.every((one) => !one.tools);
+  document.getElementById("tools-column").hidden = claimless;
   reconcile(document.querySelector("#contexts tbody"), snapshot.contexts, (one) => String(one.cid), () => createContext(select), (row, context) => {
     row.context = context;
-    const [cid, name, status, streams, sockets, connects, accepts, refusals, perSecond, denials, bytes, chart, action] = row.cells;
+    const [cid, name, status, streams, sockets, connects, accepts, refusals, perSecond, denials, bytes, tools, chart, action] = row.cells;
     const rates = context.rates ?? {};
     setText(cid, context.cid);
     setText(name.firstChild, context.name);
@@ -48,6 +50,9 @@ export function showContexts(snapshot, selected, select) {
     perSecond.classList.toggle("alarming", rates.denials > 0);
     setText(denials, context.denials);
     setText(bytes, byteRate(context.bytes));
+    setText(tools, context.tools);
+    tools.title = context.tools; // the cell may cut it
+    tools.hidden = claimless;
     setAttributes(chart.firstChild.firstChild, { points: line(history.get(context.cid)) });
     const button = action.firstChild;
     button.hidden = !context.guest || context.state === "off";
@@ -63,7 +68,7 @@ function createContext(select) {
   const action = make("button", { type: "button" });
   const chart = draw("svg", { viewBox: "0 0 120 24", class: "chart", "aria-hidden": "true" }, draw("polyline"));
   const numbers = Array.from({ length: 8 }, () => cell("number"));
-  const row = make("tr", {}, cell("number"), make("td", { className: "name" }, name), cell(), ...numbers, make("td", {}, chart), make("td", {}, action));
+  const row = make("tr", {}, cell("number"), make("td", { className: "name" }, name), cell(), ...numbers, cell("name"), make("td", {}, chart), make("td", {}, action));
   name.addEventListener("click", () => select(row.context.cid));
   action.addEventListener("click", () => (row.context.state === "suspended" ? resume : suspend)(row.context));
   return row;
