@@ -227,7 +227,7 @@ def test_a_device_of_a_machine(machine: SystemdMachine, kind: str) -> None:
 
 
 def test_the_service_of_vmware_tools(machine: SystemdMachine) -> None:
-    """It serves a guest, is replaced, and keeps variables over a restart."""
+    """A guest is served; variables outlive a replacement and a restart."""
     unit = "vsock-guestinfo"
     assert machine.run("systemctl", "is-enabled", unit, expect=None) == "disabled\n"
     machine.run("systemctl", "enable", "--now", unit)

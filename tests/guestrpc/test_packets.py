@@ -29,6 +29,14 @@ def test_a_request_as_the_tools_send_it() -> None:
     assert encode(b"info-get guestinfo.a", is_last=True) == REQUEST
 
 
+def test_a_request_as_vgauth_service_sends_it() -> None:
+    """Integers have the high half first (open-vm-tools' ``_vmxlog_htonll``)."""
+    kind, flag = "00000001 00000001 00000000 00000001", "00000001 00000003 00000000 00000001"
+    payload = bytes.fromhex("00000002 00000002 00000005") + b"log x"
+    request = bytes.fromhex(f"00000031 {kind} {flag}") + payload
+    assert list(Decoder().feed(request)) == [Packet(b"log x", is_last=True)]
+
+
 def test_a_ping_as_the_tools_send_it() -> None:
     ping = bytes.fromhex("00000010 00000001 00000001 00000002 00000000")
     assert list(Decoder().feed(ping)) == [Packet(is_ping=True)]

