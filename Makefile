@@ -5,6 +5,8 @@
 PYTHON ?= python3
 BIN = .venv/bin
 export VSOCKETS_TRANSPORT = fabric
+# The tests start thousands of processes, each of which would compile what it imports.
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: demo test test-replace soak simulate bench site debian-package exhaustion test-arm64 test-containers test-examples test-systemd test-walk test-recipes release clean test-downloads test-site test-pytest test-ordinary-user test-debian-13 test-ruff test-mypy
 

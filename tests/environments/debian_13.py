@@ -117,7 +117,7 @@ def _within(root: Path, scratch: Path) -> int:
         "HYPOTHESIS_STORAGE_DIRECTORY": "/root/hypothesis",
         "LANG": "C.UTF-8",
         "PATH": namespace.PATH,
-        "PYTHONDONTWRITEBYTECODE": "1",
+        "PYTHONPYCACHEPREFIX": "/tmp/bytecode",  # the working tree is read-only
         "PYTEST_PLUGINS": "vsockets.testing.plugin",  # of a package that is not installed
         "PYTHONPATH": str(_TREE / "src"),
         **{name: os.environ[name] for name in ("CI",) if name in os.environ},
