@@ -198,11 +198,7 @@ class VirtioVsock:
         """
         key = (*peer, port)
         is_off = self._receive is None and not self._is_paused
-        if (
-            is_off
-            or key in self.connections
-            or len(self.connections) >= VIRTIO_CONNECTIONS_MAX
-        ):
+        if is_off or key in self.connections or len(self.connections) >= VIRTIO_CONNECTIONS_MAX:
             reply(errno.EHOSTUNREACH if is_off else errno.ECONNRESET)
             sock.close()
             return
