@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 
@@ -10,7 +11,7 @@ import pytest
 import vsockets
 from cli.vsock import Vsock
 from vsockets.supervisor.arch import this_architecture
-from vsockets.supervisor.process import Processes, write_memory
+from vsockets.supervisor.process import open_memory, write_memory
 from vsockets.testing import PrivateFabric
 
 from .conftest import Compile
@@ -27,13 +28,13 @@ os.execlp("sh", "sh", "-c", "echo executed; read line")
 
 
 def test_memory_is_read_from_the_program_that_made_the_call() -> None:
-    processes = Processes(this_architecture())
     with subprocess.Popen(
         [sys.executable, "-c", EXECUTES], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     ) as process:
         assert process.stdin and process.stdout
         address = int(process.stdout.readline())
-        with processes.opened_memory(process.pid) as memory:
+        memory = open_memory(process.pid)
+        try:
             assert write_memory(memory, address, b"TEXT")
             with pytest.raises(OSError, match="Bad address"):
                 write_memory(memory, 8, b"TEXT")
@@ -44,6 +45,8 @@ def test_memory_is_read_from_the_program_that_made_the_call() -> None:
                 process.stdin.flush()
                 assert process.stdout.readline() == line
             assert not write_memory(memory, address, b"TEXT")
+        finally:
+            os.close(memory)
 
 
 def test_memory_of_a_program_executed_meanwhile_is_not_written(

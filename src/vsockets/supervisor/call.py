@@ -14,7 +14,7 @@ from .._linux.sockets import cookie_of
 from .arch import Architecture
 from .filter import Served
 from .interception import CallInterrupted, InterceptedCall, Interceptor
-from .process import Processes, write_memory
+from .process import Processes, open_memory, write_memory
 from .scheduler import Wait
 from .sockets import SERVED, Endpoint, Routes, Sockets, pack_address, unpack_address
 from .vsockd_client import Credentials, PortHolders, VsockdClient
@@ -34,6 +34,7 @@ Answer = int | None
 Serving = Coroutine[Wait, bool, Answer]
 Handler = Callable[["Call"], Serving]
 SocketHandler = Callable[["Call", Endpoint], Serving]
+QuickHandler = Callable[["Call", Endpoint], int]
 
 
 class Services(NamedTuple):
@@ -115,9 +116,19 @@ class Call:
         Raises OSError(EFAULT) if any of them are not mapped, CallInterrupted if the call no longer
         waits.
         """
-        data = self.services.processes.read(self.pid, address, size)
+        data = self.read_unchecked(address, size)
         self.check()
         return data
+
+    def read_unchecked(self, address: int, size: int) -> bytes:
+        """Return ``size`` bytes of memory, which :meth:`check` proves to be the caller's.
+
+        The caller of this method calls it, or another method that does, before the bytes have any
+        effect but an error of the call.
+
+        Raises OSError(EFAULT) if any of them are not mapped.
+        """
+        return self.services.processes.read(self.pid, address, size)
 
     def write(self, *pieces: Piece) -> None:
         """Write all ``pieces`` to the caller's memory, at once.
@@ -132,13 +143,16 @@ class Call:
         if not pieces:
             return
         try:
-            with self.services.processes.opened_memory(self.pid) as memory:
-                self.check()
-                for address, data in pieces:
-                    if data and not write_memory(memory, address, data):
-                        raise CallInterrupted
+            memory = open_memory(self.pid)
         except (FileNotFoundError, ProcessLookupError):  # the calling thread has ended
             raise CallInterrupted from None
+        try:
+            self.check()
+            for address, data in pieces:
+                if data and not write_memory(memory, address, data):
+                    raise CallInterrupted
+        finally:
+            os.close(memory)
 
     def duplicate(self, endpoint: Endpoint) -> _socket.socket:
         """Return a copy of the socket that the first argument names.
@@ -164,6 +178,10 @@ class Call:
     def credentials(self) -> Credentials | None:
         """Return the credentials to send with requests to vsockd; None for the supervisor's own."""
         return self.services.vsockd.sender(self._read_credentials)
+
+    def credentials_unchecked(self) -> Credentials | None:
+        """Return the credentials as :meth:`credentials` does; :meth:`check` proves them later."""
+        return self.services.vsockd.sender(lambda: self.services.processes.credentials(self.pid))
 
     def _read_credentials(self) -> Credentials:
         credentials = self.services.processes.credentials(self.pid)
@@ -191,9 +209,27 @@ class Call:
 
         Raises OSError(EINVAL) or OSError(EFAULT) where the kernel would not read it either.
         """
+        found = self.read_address_unchecked(address, size)
+        self.check()
+        return found
+
+    def read_address_unchecked(self, address: int, size: int) -> tuple[int, int] | None:
+        """Return an address as :meth:`read_address` does; :meth:`check` proves it later."""
         if not 0 <= size <= _LONGEST_ADDRESS:
             raise failure(errno.EINVAL)
-        return unpack_address(self.read(address, size))
+        return unpack_address(self.read_unchecked(address, size))
+
+    def read_room(self, size_at: int) -> int:
+        """Return the size of the program's buffer for a value, which is the int at ``size_at``.
+
+        The size is as unproven as the result of :meth:`read_unchecked`.
+
+        Raises OSError(EINVAL) if it is negative, OSError(EFAULT) if it is not mapped.
+        """
+        (room,) = _INT.unpack(self.read_unchecked(size_at, _INT.size))
+        if room < 0:
+            raise failure(errno.EINVAL)
+        return int(room)
 
     def value_pieces(
         self, data: bytes, address: int, size_at: int, cut: bool = False
@@ -201,13 +237,21 @@ class Call:
         """Return the pieces to write for an address or an option's value.
 
         The int at ``size_at`` is the size of the program's buffer, and becomes the size of
-        ``data``; with ``cut``, the number of bytes written.
+        ``data``; with ``cut``, the number of bytes written.  :meth:`write` checks the call.
         """
-        (room,) = _INT.unpack(self.read(size_at, _INT.size))
-        if room < 0:
-            raise failure(errno.EINVAL)
+        return self.pieces_for(data, address, size_at, self.read_room(size_at), cut)
+
+    @staticmethod
+    def pieces_for(
+        data: bytes, address: int, size_at: int, room: int, cut: bool = False
+    ) -> list[Piece]:
+        """Return the pieces of :meth:`value_pieces` for a buffer of ``room`` bytes.
+
+        A size that stays the same is not written: that would be one system call more.
+        """
         size = min(room, len(data)) if cut else len(data)
-        return [(address, data[:room]), (size_at, _INT.pack(size))]
+        value = (address, data[:room])
+        return [value] if size == room else [value, (size_at, _INT.pack(size))]
 
     def address_pieces(self, found: tuple[int, int], address: int, size_at: int) -> list[Piece]:
         """Return the pieces to write for a struct sockaddr_vm; empty if ``address`` is null."""

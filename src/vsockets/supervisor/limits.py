@@ -14,6 +14,14 @@ SUPERVISOR_CONNECT_GRACE_SECONDS = 0.25
 #: it gets no processor, or signals arrive faster than it can handle them.
 SUPERVISOR_SIGNAL_POLL_SECONDS, SUPERVISOR_SIGNAL_WAIT_SECONDS = 0.001, 1.0
 
+#: Seconds that the supervisor blocks until vsockd has replied to a connect.  A registration with an
+#: epoll, which lets it serve other calls meanwhile, costs more than a reply takes.
+SUPERVISOR_REPLY_GRACE_SECONDS = 0.001
+
+#: Seconds in which the supervisor does not block again after a reply that came later: vsockd is
+#: busy, or has been stopped.
+SUPERVISOR_LATE_REPLY_SECONDS = 0.1
+
 #: Seconds between two attempts to connect to a vsockd whose backlog is full: only a stopped vsockd
 #: leaves 4096 connections pending.
 SUPERVISOR_RECONNECT_SECONDS = 0.05

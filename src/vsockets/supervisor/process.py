@@ -35,7 +35,7 @@ _STDERR = 2
 #: Seconds that writing a message to a program's user may take.
 _PATIENCE = 2
 
-_READ = os.O_RDONLY | os.O_CLOEXEC
+_READ, _WRITE = os.O_RDONLY | os.O_CLOEXEC, os.O_WRONLY | os.O_CLOEXEC
 #: Bytes at the start of /proc/PID/stat that include the state.
 _STAT_TO_STATE = 64
 
@@ -134,21 +134,6 @@ class Processes:
             self._machine.process_vm_readv, pid, self._glance_at, 1, self._remote_at, 1, _NO_FLAGS
         )
         return count == size and self._glance.raw[:size] == text
-
-    @staticmethod
-    @contextlib.contextmanager
-    def opened_memory(pid: int) -> Iterator[int]:
-        """Open the memory that the process has now, for writing, and close it afterwards.
-
-        The descriptor still refers to that memory after the process has executed another program.
-
-        Raises OSError if the process has ended.
-        """
-        memory = os.open(f"/proc/{pid}/mem", os.O_WRONLY | os.O_CLOEXEC)
-        try:
-            yield memory
-        finally:
-            os.close(memory)
 
     @staticmethod
     def arguments_of(pid: int) -> tuple[int, ...]:
@@ -365,6 +350,16 @@ def _sleeps(stat: int) -> bool:
     # "PID (NAME) STATE NUMBERS…": the name, which may hold anything, ends within these bytes, and
     # no parenthesis follows it.
     return os.pread(stat, _STAT_TO_STATE, 0).rpartition(b")")[2][1:2] == b"S"
+
+
+def open_memory(pid: int) -> int:
+    """Open the memory that a process has now, for writing; return the descriptor.
+
+    The descriptor still refers to that memory after the process has executed another program.
+
+    Raises OSError if the process has ended.
+    """
+    return os.open(f"/proc/{pid}/mem", _WRITE)
 
 
 def write_memory(memory: int, address: int, data: bytes) -> bool:

@@ -11,6 +11,7 @@ import heapq
 import os
 import select
 import time
+from collections import OrderedDict
 from collections.abc import Callable, Generator
 from itertools import count
 
@@ -23,6 +24,8 @@ _ADD, _REMOVE, _CHANGE = 1, 2, 3
 _ONCE = select.EPOLLONESHOT
 #: Keys take the place of descriptors in the standard library's epoll: positive 32-bit integers.
 _LARGEST_KEY = 0x7FFF_FFFF
+#: Sockets whose registration is remembered; more of them cost a system call.
+_KEPT = 1024
 #: The longest timeout of poll(2), an ``int`` of milliseconds.
 _LONGEST_POLL = 0x7FFF_FFFF
 
@@ -98,6 +101,8 @@ class CoroutineScheduler:
         self._group_of: dict[int, int] = {}  # by the key of a wait
         self._group_for: dict[int, int] = {}  # by a socket's inode
         self._inode_of: dict[int, int] = {}  # by the key of a group
+        #: By a socket's inode: the number of the copy that was registered last.
+        self._registered: OrderedDict[int, int] = OrderedDict()
         self._timers: list[tuple[float, int]] = []
         self._next = count(1)
 
@@ -149,14 +154,27 @@ class CoroutineScheduler:
             self._groups[group][key] = resume
             self._group_of[key] = group
             try:
-                self._set(_ADD, wait.fd, wait.events | _ONCE, group)
-            except FileExistsError:  # an earlier copy had the same number
-                self._set(_CHANGE, wait.fd, wait.events | _ONCE, group)
+                self._register_copy(wait.fd, wait.socket, wait.events | _ONCE, group)
             finally:
                 os.close(wait.fd)
         if wait.seconds is not None:
             heapq.heappush(self._timers, (time.monotonic() + wait.seconds, key))
         return key
+
+    def _register_copy(self, fd: int, inode: int, events: int, group: int) -> None:
+        """Register a copy of a socket, or change the registration of an earlier copy.
+
+        A registration outlives its copy as long as the socket, and is found again by a copy with
+        the same number, which most copies of a listener have.
+        """
+        expected = self._registered.get(inode) == fd
+        try:
+            self._set(_CHANGE if expected else _ADD, fd, events, group)
+        except (FileExistsError, FileNotFoundError):
+            self._set(_ADD if expected else _CHANGE, fd, events, group)
+        self._registered[inode] = fd
+        if len(self._registered) > _KEPT:
+            self._registered.popitem(last=False)
 
     def cancel(self, key: int) -> None:
         """Drop a wait, unless it has ended already."""

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import _socket
 import os
-import re
 import struct
 from collections import OrderedDict, deque
 from socket import AF_UNIX, SOCK_DGRAM, SOCK_SEQPACKET
@@ -25,7 +24,6 @@ from .filter import Served
 from .limits import SUPERVISOR_ROUTES_MAX, SUPERVISOR_SOCKETS_MAX
 from .vsockd_client import PortHolder
 
-_SOCKET = re.compile(r"socket:\[(\d+)\]")
 #: struct sockaddr_vm: family, reserved, port, CID, flags, padding (linux/vm_sockets.h).
 _SOCKADDR_VM = struct.Struct("=HHIIB3s")
 SOCKADDR_SIZE = _SOCKADDR_VM.size
@@ -240,5 +238,5 @@ class Routes:
 
 def inode_in(link: str) -> int | None:
     """Return the inode in a link ``socket:[inode]`` of /proc; None for any other link."""
-    match = _SOCKET.fullmatch(link)
-    return int(match[1]) if match else None
+    inode = link[8:-1]
+    return int(inode) if link.startswith("socket:[") and inode.isdecimal() else None

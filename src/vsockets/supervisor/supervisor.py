@@ -17,8 +17,8 @@ from ..attachment import Attachment
 from ..protocol import Record, Role, client
 from ..socket import Phase
 from .arch import Architecture
-from .call import Answer, Call, Services, Serving, SocketHandler
-from .calls import ARGUMENTS, HANDLERS, PATHS, SOCKET_HANDLERS
+from .call import Answer, Call, QuickHandler, Services, Serving, SocketHandler
+from .calls import ARGUMENTS, CHECKING, HANDLERS, PATHS, QUICK_HANDLERS, SOCKET_HANDLERS
 from .calls.creating import DEVICE
 from .filter import Served
 from .interception import (
@@ -66,9 +66,11 @@ class Supervisor:
         self._sockets = Sockets()
         self._handlers = {getattr(architecture, name): serve for name, serve in HANDLERS.items()}
         self._paths = {getattr(architecture, name): argument for name, argument in PATHS.items()}
+        self._quick = {getattr(architecture, name): serve for name, serve in QUICK_HANDLERS.items()}
         self._socket_handlers = {
             getattr(architecture, name): serve for name, serve in SOCKET_HANDLERS.items()
-        }
+        } | {number: _in_coroutine(serve) for number, serve in self._quick.items()}
+        self._checking = {getattr(architecture, name) for name in CHECKING}
         self._reported_unsupported: set[int] = set()
         surroundings = Surroundings(
             architecture,
@@ -161,22 +163,21 @@ class Supervisor:
             self._kill_unsupported(intercepted)
             return
         pid, number = intercepted.pid, intercepted.number
-        path = self._paths.get(number)
-        # Most calls are about other files: look at the path first.  If it is changed afterwards,
-        # the program gets the machine's device, whose only use is by ioctls that are intercepted
-        # on every descriptor.
-        if path is not None and not self._processes.begins_with(
-            pid, intercepted.arguments[path], DEVICE
-        ):
-            self.interceptor.let_through(intercepted)
-            return
         serve = self._socket_handlers.get(number)
         if serve is None:
+            path = self._paths.get(number)
+            # Most calls are about other files: look at the path first.  If it is changed
+            # afterwards, the program gets the machine's device, whose only use is by ioctls that
+            # are intercepted on every descriptor.
+            if path is not None and not self._processes.begins_with(
+                pid, intercepted.arguments[path], DEVICE
+            ):
+                self.interceptor.let_through(intercepted)
+                return
             call = Call(self._services, intercepted)
             self._start(call, self._handlers[number](call))
             return
-        link = self._processes.what_is(pid, intercepted.arguments[0] & 0xFFFF_FFFF)
-        inode = inode_in(link)
+        inode = self._inode_of(pid, intercepted.arguments[0])
         if inode is None:  # not a socket, or not open: the kernel has the right error
             self.interceptor.let_through(intercepted)
             return
@@ -190,9 +191,13 @@ class Supervisor:
             self.interceptor.let_through(intercepted)
         else:
             call = Call(self._services, intercepted)
-            call.check()  # the descriptor was the caller's
-            if endpoint.served is None or self._intercepts_data(call, endpoint):
-                self._start(call, serve(call, endpoint))
+            if endpoint.served is not None:
+                call.check()  # the descriptor was the caller's
+                if not self._intercepts_data(call, endpoint):
+                    return
+            elif number not in self._checking:
+                call.check()
+            self._begin(call, endpoint, serve)
 
     def _inode_of(self, pid: int, descriptor: int) -> int | None:
         return inode_in(self._processes.what_is(pid, descriptor & 0xFFFF_FFFF))
@@ -205,6 +210,19 @@ class Supervisor:
         served = endpoint.served
         assert served is not None
         return self.interceptor.intercepts_data(call.intercepted, served, endpoint.inode)
+
+    def _begin(self, call: Call, endpoint: Endpoint, serve: SocketHandler) -> None:
+        """Serve a call on a vSockets socket, at once or by a coroutine."""
+        quick = self._quick.get(call.intercepted.number)
+        if quick is None:
+            self._start(call, serve(call, endpoint))
+            return
+        try:
+            value = quick(call, endpoint)
+        except OSError as error:
+            value = -(error.errno or errno.EIO)
+        # Not kept for the case of a signal: the thread repeats the call, and it is served again.
+        call.answer(value)
 
     # Coroutines of calls
 
@@ -334,6 +352,15 @@ class Supervisor:
                     self._processes.report(pid, text, self.interceptor.duplicate, is_waiting)
             if is_waiting():  # so the pidfd is this process's
                 signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+
+
+def _in_coroutine(serve: QuickHandler) -> SocketHandler:
+    """Return a handler like those that may wait."""
+
+    async def served(call: Call, endpoint: Endpoint) -> Answer:
+        return serve(call, endpoint)
+
+    return served
 
 
 def _always() -> None:

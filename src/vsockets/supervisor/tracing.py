@@ -25,7 +25,7 @@ from .._linux.libc import libc
 from .arch import Architecture
 from .filter import COPYING, TRACE_MARK, Numbers, Served, assemble, traced_rules
 from .interception import InterceptedCall
-from .process import Processes, write_memory
+from .process import Processes, open_memory, write_memory
 from .ptrace import (
     ERESTARTSYS,
     Event,
@@ -483,8 +483,11 @@ class Tracer:
         if -4096 < at < 0:
             return -at
         data = SOCK_FPROG.pack(len(program) // 8, at + SOCK_FPROG.size) + program
-        with self._processes.opened_memory(thread.number) as memory:
+        memory = open_memory(thread.number)
+        try:
             write_memory(memory, at, data)
+        finally:
+            os.close(memory)
         install = (SET_MODE_FILTER, _ALL_THREADS, at)
         result = yield from self._call(thread, base, machine.seccomp, install)
         if result == -errno.EACCES:

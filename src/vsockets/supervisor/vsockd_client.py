@@ -13,6 +13,7 @@ import contextlib
 import errno
 import os
 import secrets
+import select
 import struct
 import time
 from collections.abc import Callable, Iterator
@@ -36,7 +37,11 @@ from ..limits import VSOCKD_REPLY_TIMEOUT_SECONDS
 from ..model.buffers import BufferSizes
 from ..protocol import Record, client, is_socket_name
 from ..state_folder import SEQPACKET, STREAM
-from .limits import SUPERVISOR_RECONNECT_SECONDS
+from .limits import (
+    SUPERVISOR_LATE_REPLY_SECONDS,
+    SUPERVISOR_RECONNECT_SECONDS,
+    SUPERVISOR_REPLY_GRACE_SECONDS,
+)
 from .scheduler import HUNG_UP, CoroutineScheduler, pause, ready
 
 SEND = int(MSG_DONTWAIT | MSG_NOSIGNAL)
@@ -64,6 +69,7 @@ class VsockdClient:
     def __init__(self, context: Attachment) -> None:
         self._context = context
         self._backlog_full = False  #: whether vsockd's backlog was full at the last attempt
+        self._not_before = 0.0  #: ``time.monotonic`` from when :meth:`await_briefly` waits again
         self._sendable = _sendable()
 
     def sender(self, read: Callable[[], Credentials]) -> Credentials | None:
@@ -78,10 +84,12 @@ class VsockdClient:
         process, user, group = read()
         return process if self._sendable is Sendable.PROCESSES else os.getpid(), user, group
 
-    def attach(self, sock: _socket.socket, type_: int) -> bool:
+    def attach(self, sock: _socket.socket, type_: int, blocks: bool) -> bool:
         """Connect a program's socket to the control socket of its type, if vsockd has room.
 
-        Returns False while vsockd's backlog is full.
+        ``blocks`` is whether the socket is a blocking one.  Returns False while vsockd's backlog is
+        full.  Python takes a connect that SIGCONT interrupted for a success, too: then a send fails
+        with ENOTCONN.
 
         Raises OSError if vsockd cannot be reached.
         """
@@ -89,16 +97,28 @@ class VsockdClient:
             if self._backlog_full:  # ask with a socket that cannot block
                 with contextlib.closing(_own_socket(type_)) as probe:
                     self._context.open_channel(probe, type_)
-            with blocking_briefly(sock, SO_SNDTIMEO):
+            with blocking_briefly(sock, SO_SNDTIMEO, blocks):
                 self._context.open_channel(sock, type_)
-                sock.getpeername()  # Python takes a connect that SIGCONT interrupted for a success
         except OSError as error:
-            if error.errno not in (errno.ENOBUFS, errno.ENOTCONN):
+            if error.errno != errno.ENOBUFS:
                 raise
             self._backlog_full = True
         else:
             self._backlog_full = False
         return not self._backlog_full
+
+    def await_briefly(self, sock: _socket.socket) -> None:
+        """Block for a moment until vsockd's reply can be received from ``sock``.
+
+        That saves the registration in an epoll.  While vsockd replies later, the supervisor does
+        not block: other calls are served meanwhile.
+        """
+        if time.monotonic() < self._not_before:
+            return
+        poll = select.poll()
+        poll.register(sock.fileno(), select.POLLIN)
+        if not poll.poll(SUPERVISOR_REPLY_GRACE_SECONDS * 1000):
+            self._not_before = time.monotonic() + SUPERVISOR_LATE_REPLY_SECONDS
 
     async def request(
         self, credentials: Credentials | None, request: bytes, fd: int | None = None
@@ -185,13 +205,14 @@ def _own_socket(type_: int) -> _socket.socket:
 
 
 @contextlib.contextmanager
-def blocking_briefly(sock: _socket.socket, option: int) -> Iterator[None]:
+def blocking_briefly(sock: _socket.socket, option: int, blocks: bool) -> Iterator[None]:
     """Limit the blocking of a call on a program's socket to one tick of the kernel.
 
-    ``option`` is SO_SNDTIMEO for a connect, SO_RCVTIMEO for an accept.  O_NONBLOCK would not do:
-    the program shares it, and one of its threads might change it meanwhile.
+    ``option`` is SO_SNDTIMEO for a connect, SO_RCVTIMEO for an accept; ``blocks`` is whether the
+    socket is a blocking one.  O_NONBLOCK would not do: the program shares it, and one of its
+    threads might change it meanwhile.
     """
-    if not os.get_blocking(sock.fileno()):
+    if not blocks:
         yield
         return
     before = sock.getsockopt(SOL_SOCKET, option, TIMEVAL.size)

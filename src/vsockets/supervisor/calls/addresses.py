@@ -41,13 +41,13 @@ def _is_privileged(call: Call) -> bool:
     return is_so
 
 
-async def getsockname(call: Call, endpoint: Endpoint) -> Answer:
+def getsockname(call: Call, endpoint: Endpoint) -> int:
     """Serve getsockname(): VMADDR_CID_ANY and VMADDR_PORT_ANY while the socket is not bound."""
     call.write(*call.address_pieces(endpoint.local, *call.arguments[1:3]))
     return 0
 
 
-async def getpeername(call: Call, endpoint: Endpoint) -> Answer:
+def getpeername(call: Call, endpoint: Endpoint) -> int:
     """Serve getpeername(): ENOTCONN before a connect and after a shutdown."""
     if endpoint.peer is None or endpoint.is_shut:
         raise failure(errno.ENOTCONN)

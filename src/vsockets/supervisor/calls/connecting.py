@@ -45,7 +45,7 @@ from ..call import Answer, Call, failure
 from ..interception import CallInterrupted
 from ..limits import SUPERVISOR_CONNECT_GRACE_SECONDS, SUPERVISOR_FORCED_SEND_BUFFER_MAX_BYTES
 from ..scheduler import lent, ready
-from ..sockets import Endpoint
+from ..sockets import Endpoint, pack_address
 from ..vsockd_client import SEND, Credentials, blocking_briefly, receive_record, send, take_record
 from . import datagrams
 
@@ -71,7 +71,9 @@ async def connect(call: Call, endpoint: Endpoint) -> Answer:  # noqa: C901 - the
     """Serve connect(): the errors are those of ``transports.fabric``."""
     if endpoint.is_datagram:
         return await datagrams.connect(call, endpoint)
-    peer = call.read_address(call.arguments[1], call.integer(2))
+    # duplicate() proves what was read before it.
+    peer = call.read_address_unchecked(call.arguments[1], call.integer(2))
+    credentials = call.credentials_unchecked()
     with closing(call.duplicate(endpoint)) as sock:
         take_reply(endpoint, sock)
         if endpoint.interrupted is not None:
@@ -89,9 +91,13 @@ async def connect(call: Call, endpoint: Endpoint) -> Answer:  # noqa: C901 - the
         deadline = time.monotonic() + endpoint.connect_timeout
         # A program that does not wait cannot be told that connecting has not begun: fail instead.
         seconds = 0 if polls else endpoint.connect_timeout
-        await _attach(call, endpoint, sock, seconds)
-        _require_connectable(endpoint)  # another thread may have connected the socket meanwhile
-        _send(endpoint, sock, peer, polls, call.credentials())
+        while True:
+            await _attach(call, endpoint, sock, seconds, not polls)
+            _require_connectable(endpoint)  # another thread may have connected the socket meanwhile
+            if _send(endpoint, sock, peer, polls, credentials):
+                break
+        call.services.vsockd.await_briefly(sock)
+        take_reply(endpoint, sock)
         if polls:
             if not await _wait(endpoint, sock, SUPERVISOR_CONNECT_GRACE_SECONDS, polls):
                 call.answer(-errno.EINPROGRESS)
@@ -136,12 +142,30 @@ async def request_on_socket(
 
     Raises OSError with the errno of the reply, or if vsockd cannot be reached.
     """
-    await _attach(call, endpoint, sock, VSOCKD_REPLY_TIMEOUT_SECONDS)
-    send(sock, request, None)
-    return (await receive_record(sock))[0]
+    blocks = os.get_blocking(sock.fileno())
+    while True:
+        await _attach(call, endpoint, sock, VSOCKD_REPLY_TIMEOUT_SECONDS, blocks)
+        if _send_attached(endpoint, sock, request, None):
+            return (await receive_record(sock))[0]
 
 
-async def _attach(call: Call, endpoint: Endpoint, sock: _socket.socket, seconds: float) -> None:
+def _send_attached(
+    endpoint: Endpoint, sock: _socket.socket, request: bytes, credentials: Credentials | None
+) -> bool:
+    """Send a request on an attached socket; return False if it is not attached after all."""
+    try:
+        send(sock, request, credentials)
+    except OSError as error:
+        if error.errno != errno.ENOTCONN:
+            raise
+        endpoint.is_attached = False
+        return False
+    return True
+
+
+async def _attach(
+    call: Call, endpoint: Endpoint, sock: _socket.socket, seconds: float, blocks: bool
+) -> None:
     """Connect a program's socket to vsockd, once, and wait while vsockd's backlog is full.
 
     Raises OSError(ETIMEDOUT) after ``seconds``, OSError(ENOBUFS) at once if they are 0.
@@ -149,7 +173,7 @@ async def _attach(call: Call, endpoint: Endpoint, sock: _socket.socket, seconds:
     vsockd = call.services.vsockd
     deadline = time.monotonic() + seconds
     while not endpoint.is_attached:
-        if vsockd.attach(sock, endpoint.type):
+        if vsockd.attach(sock, endpoint.type, blocks):
             endpoint.is_attached = True
         else:
             await vsockd.wait_for_room(deadline, seconds)
@@ -179,18 +203,21 @@ def _send(
     peer: tuple[int, int],
     polls: bool,
     credentials: Credentials | None,
-) -> None:
+) -> bool:
+    """Send the request to connect; return False if the socket is not attached after all."""
     if endpoint.type == SOCK_STREAM:
         refuse_descriptors(sock)  # a stream carries no descriptors
     secret = 0 if endpoint.holder is None else endpoint.holder.secret
     sizes, cookie = endpoint.buffers, endpoint.cookie
     request = client.connect(peer, sizes=sizes, cookie=cookie, polling=polls, secret=secret)
-    send(sock, request, credentials)
+    if not _send_attached(endpoint, sock, request, credentials):
+        return False
     if polls:
         # After the request: a small send buffer would split it in two.
         endpoint.send_buffer = sock.getsockopt(SOL_SOCKET, SO_SNDBUF)
         sock.setsockopt(SOL_SOCKET, SO_SNDBUF, 0)
     endpoint.phase = Phase.CONNECTING
+    return True
 
 
 def take_reply(endpoint: Endpoint, sock: _socket.socket) -> None:
@@ -278,19 +305,22 @@ async def _accept(call: Call, endpoint: Endpoint, flags: int) -> Answer:
     if endpoint.is_datagram:
         raise failure(errno.EOPNOTSUPP)
     address, size_at = call.arguments[1:3]
-    if address:
-        call.read(size_at, 4)  # fail with EFAULT before a connection is taken
+    # Fails before a connection is taken; duplicate() proves the size.
+    room = call.read_room(size_at) if address else 0
+    is_readable = False
     while True:
         _require_listening(endpoint)
         with closing(call.duplicate(endpoint)) as listener:
-            taken = await _take(endpoint, listener)
+            blocks = os.get_blocking(listener.fileno())
+            taken = await _take(endpoint, listener, blocks, is_readable)
             if taken is not None:
                 break
-            if not os.get_blocking(listener.fileno()):
+            if not blocks:
                 raise failure(errno.EAGAIN)
             seconds = timeout_of(listener, SO_RCVTIMEO) or None
             wait = lent(listener.detach(), endpoint.inode, seconds)
-        if not await wait:
+        is_readable = await wait
+        if not is_readable:
             raise failure(errno.EAGAIN)
     fd, record = taken
     sock = _socket.socket(AF_UNIX, endpoint.type, 0, fd)
@@ -300,7 +330,8 @@ async def _accept(call: Call, endpoint: Endpoint, flags: int) -> Answer:
         os.set_blocking(fd, not flags & SOCK_NONBLOCK)
         try:
             # Before the descriptor: with it, another thread may use the memory for something else.
-            call.write(*call.address_pieces(record.peer, address, size_at))
+            if address:
+                call.write(*call.pieces_for(pack_address(record.peer), address, size_at, room))
             call.answer_with_socket(sock, accepted, flags)
         except CallInterrupted:
             endpoint.accepted.append((sock.detach(), record))
@@ -315,8 +346,13 @@ def _require_listening(endpoint: Endpoint) -> None:
         raise failure(errno.EINVAL)
 
 
-async def _take(endpoint: Endpoint, listener: _socket.socket) -> tuple[int, Record] | None:
+async def _take(
+    endpoint: Endpoint, listener: _socket.socket, blocks: bool, is_readable: bool
+) -> tuple[int, Record] | None:
     """Return the descriptor and the record of the next connection, or None.
+
+    ``blocks`` is whether the listener is a blocking socket, ``is_readable`` whether a connection
+    waited a moment ago.
 
     Raises OSError if the listener has failed, CallInterrupted if the call no longer waits.
     """
@@ -329,9 +365,10 @@ async def _take(endpoint: Endpoint, listener: _socket.socket) -> tuple[int, Reco
             return None
     else:
         while True:
-            token = endpoint.arriving.popleft() if endpoint.arriving else _accept_token(listener)
+            token = _next_token(endpoint, listener, blocks, is_readable)
             if token is None:
                 return None
+            is_readable = False
             try:
                 record, fd = await receive_record(token)  # vsockd sends it at once
             except CallInterrupted:
@@ -347,20 +384,24 @@ async def _take(endpoint: Endpoint, listener: _socket.socket) -> tuple[int, Reco
     return fd, record
 
 
-def _accept_token(listener: _socket.socket) -> _socket.socket | None:
+def _next_token(
+    endpoint: Endpoint, listener: _socket.socket, blocks: bool, is_readable: bool
+) -> _socket.socket | None:
     """Return the next token (``daemon/listeners.py``) in the backlog of ``listener``, or None."""
-    if os.get_blocking(listener.fileno()):
+    if endpoint.arriving:
+        return endpoint.arriving.popleft()
+    if blocks and not is_readable:
         poll = select.poll()
         poll.register(listener, select.POLLIN)
         if not poll.poll(0):
             return None
     try:
         # A process outside supervision may share the listener, and accept first.
-        with blocking_briefly(listener, SO_RCVTIMEO):
+        with blocking_briefly(listener, SO_RCVTIMEO, blocks):
             fd, _ = listener._accept()  # type: ignore[attr-defined]  # as socket.accept()
     except (BlockingIOError, ConnectionAbortedError):
         return None
-    return _socket.socket(AF_UNIX, listener.type, 0, fd)
+    return _socket.socket(AF_UNIX, endpoint.type, 0, fd)
 
 
 async def shutdown(call: Call, endpoint: Endpoint) -> Answer:
