@@ -99,7 +99,7 @@ def test_the_api(alone: Vsock) -> None:
     assert '"hypervisor": "qemu"' in lines[0]
     assert '/machine-7/v.sock:1024"' in lines[1]
     assert '"state": "paused"' in lines[2]
-    assert '"faults": [{"name": "stall", "seed": 3, "times": 1}]' in lines[3]
+    assert '"faults": [{"name": "stall", "seed": 3, "times": 1, "port": null}]' in lines[3]
     assert lines[4] == '["machine 7 (kata): paused"]'
     assert lines[5] == "cannot pause machine 7: it is paused (expected running)"
     assert lines[6] == "no played machine has CID 8"

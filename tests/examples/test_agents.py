@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -12,15 +13,23 @@ import pytest
 from c_compiler import require_compiler
 from cli.vsock import PATIENCE, PROGRAM
 
-from .conftest import EXAMPLES, RunPage
+from .conftest import EXAMPLES, ROOT, RunPage
 
 
 def test_python(run_page: RunPage) -> None:
     run_page("python")
 
 
-def test_snapshots(run_page: RunPage) -> None:
-    run_page("snapshots")
+def test_complaints(run_page: RunPage) -> None:
+    run_page("agents")
+
+
+def test_each_complaint_is_listed_with_its_scenario() -> None:
+    text = (EXAMPLES / "agents" / "scenarios.py").read_text()
+    functions = re.findall(r"@scenario\(.*\)\ndef (\w+)\(", text)
+    page = (ROOT / "docs" / "test-your-agent.md").read_text()
+    rows = re.findall(r"^\| `([a-z-]+)` \| \[.*https://github.com/", page, re.MULTILINE)
+    assert rows == [name.replace("_", "-") for name in functions]
 
 
 def test_pythons_suite_has_its_own_settings() -> None:

@@ -117,6 +117,20 @@ def test_a_port_is_used_again(machine: PlayedMachine) -> None:
     assert peers[0] == peers[1]
 
 
+def test_a_fault_spares_other_ports(machine: PlayedMachine) -> None:
+    machine.fault("stale-ok", port=64)
+    machine.fault("garbage", port=65)
+    with serve(machine, 63) as server:
+        machine.connect(63).close()
+        server.accept()[0].close()
+    with pytest.raises(ConnectionAbortedError, match="invalid reply"):
+        machine.connect(65)
+    assert [one["port"] for one in machine.describe()["faults"]] == [64]
+    machine.connect(64).close()
+    with pytest.raises(PlayedFailed, match="invalid port: -1"):
+        machine.fault("stall", port=-1)
+
+
 def test_each_strike_is_logged(machine: PlayedMachine) -> None:
     machine.fault("stale-ok", seed=7, times=2)
     for _ in range(2):

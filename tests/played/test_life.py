@@ -111,6 +111,20 @@ def test_ports_of_host_ends_start_again(fabric: PrivateFabric) -> None:
                 server.accept()[0].close()
 
 
+def test_each_machine_has_its_own_ports_of_host_ends(fabric: PrivateFabric) -> None:
+    """No connection of one machine makes a connect of another one fail."""
+    machines = [fabric.played("firecracker") for _ in range(3)]
+    ends = [joined(machine, 5000) for machine in machines for _ in range(2)]
+    ports = [guest.getpeername()[1] for _, guest in ends]
+    assert len(set(ports)) == 6
+    assert min(ports) >= 1 << 30
+    for host, guest in ends:
+        guest.sendall(b"x")
+        assert host.recv(1) == b"x"
+        host.close()
+        guest.close()
+
+
 def test_kill_leaves_a_stale_socket(fabric: PrivateFabric) -> None:
     machine = fabric.played("firecracker")
     with pytest.raises(PlayedFailed, match="no snapshot"):

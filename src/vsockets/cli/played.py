@@ -118,9 +118,10 @@ def change_cid(cid: int, to: int) -> None:
 @count_option("--seed", min=0, default=0, metavar="N", help="Seed of its random choices.")
 @count_option("--times", default=1, metavar="N", help="Number of connections to strike.")
 @seconds_option("--seconds", default=0.2, help="Delay of late-ok and slow.")
-def fault(cid: int, name: str, seed: int, times: int, seconds: float) -> None:
+@count_option("--port", min=0, metavar="PORT", help="Port to strike. Default: all ports.")
+def fault(cid: int, name: str, seed: int, times: int, seconds: float, port: int | None) -> None:
     """Have a fault strike the next connections of a machine."""
-    values = {"name": name, "seed": seed, "times": times, "seconds": seconds}
+    values = {"name": name, "seed": seed, "times": times, "seconds": seconds, "port": port}
     _ask("POST", f"/machines/{cid}/fault", **values)
 
 

@@ -6,6 +6,8 @@ import random
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from ..model.address import LARGEST
+
 #: The faults by name, and what strikes the next connection.
 FAULTS = {
     "no-ok": "CONNECT is never answered",
@@ -33,6 +35,7 @@ class Fault:
     seed: int = 0
     times: int = 1
     seconds: float = 0.2
+    port: int | None = None  #: strike only connections to this port, of the guest or of the host
     random: random.Random = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -43,6 +46,8 @@ class Fault:
             raise ValueError(f"invalid number of times: {self.times} (expected 1 or more)")
         if not 0 <= self.seconds <= 3600:
             raise ValueError(f"invalid seconds: {self.seconds} (expected 0 to 3600)")
+        if self.port is not None and not 0 <= self.port <= LARGEST:
+            raise ValueError(f"invalid port: {self.port} (expected 0 to {LARGEST})")
         self.random = random.Random(self.seed)
 
 
@@ -64,13 +69,16 @@ class Faults:
         self.armed: list[Fault] = []
         self._log = log
 
-    def next(self, connection: str) -> Strike:
-        """Return the strike for a new connection, which ``connection`` describes in the log."""
-        if not self.armed:
+    def next(self, port: int, connection: str) -> Strike:
+        """Return the strike for a new connection to ``port``, the oldest one that is armed for it.
+
+        ``connection`` describes the connection in the log.
+        """
+        fault = next((one for one in self.armed if one.port in (None, port)), None)
+        if fault is None:
             return Strike()
-        fault = self.armed[0]
         fault.times -= 1
         if not fault.times:
-            self.armed.pop(0)
+            self.armed.remove(fault)
         self._log(f"fault {fault.name} (seed {fault.seed}) strikes: {connection}")
         return Strike(fault)

@@ -14,3 +14,6 @@ PLAYED_CONNECT_SECONDS = 2.0
 
 #: Lines of the log of operations and faults that are kept.
 PLAYED_LOG_LINES_MAX = 10_000
+
+#: Ports of host ends that are remembered with their machine: more than all connections have.
+PLAYED_PORTS_MAX = 65_536

@@ -33,6 +33,7 @@ from .limits import (
     PLAYED_CLONES_MAX,
     PLAYED_CONNECT_SECONDS,
     PLAYED_LOG_LINES_MAX,
+    PLAYED_PORTS_MAX,
 )
 from .personalities import FIRST_HOST_PORT, NITRO_PARENT_CID, Effect, Personality, Transport
 
@@ -190,8 +191,19 @@ class Device:
     """The hybrid vsock device of one machine."""
 
     def __init__(
-        self, personality: Personality, control: Control, cid: int, path: Path, faults: Faults
+        self,
+        *,
+        personality: Personality,
+        control: Control,
+        cid: int,
+        path: Path,
+        faults: Faults,
+        holders: dict[int, int],
     ) -> None:
+        """Play the device of the guest ``cid`` with its unix socket at ``path``.
+
+        ``holders`` has the CID of the machine that each port of a host's end was bound for last.
+        """
         self.personality = personality
         self.connections: set[Connection] = set()
         self.running = asyncio.Event()
@@ -201,6 +213,7 @@ class Device:
         self.cid = cid
         self.path = path
         self._faults = faults
+        self._holders = holders
         self._host = Attachment(control.folder / str(VMADDR_CID_HOST))
         self._listener: Socket | None = None
         self._made = False  # the unix socket's file is the machine's own
@@ -319,7 +332,7 @@ class Device:
     async def _connect(self, sock: Socket, port: int) -> bool:
         """Connect ``sock`` to the guest's ``port``; return whether a connection owns it now."""
         loop = asyncio.get_running_loop()
-        strike = self._faults.next(f"CONNECT {port} of machine {self.cid}")
+        strike = self._faults.next(port, f"CONNECT {port} of machine {self.cid}")
         await self.running.wait()
         if strike.name == "no-ok":
             await self.hung_up(sock)
@@ -330,16 +343,14 @@ class Device:
             await loop.sock_sendall(sock, strike.garbage + b"\n")
             return False
         if strike.name != "reused-port" or self.port < FIRST_HOST_PORT:
-            self.port = self.port + 1 if self.port + 1 < 1 << 31 else FIRST_HOST_PORT
-        number = self.port
+            self._next_port()
         if strike.name == "stale-ok":
-            await loop.sock_sendall(sock, ok_line(number))
+            await loop.sock_sendall(sock, ok_line(self.port))
             return False
         guest = socket(context=self._host)
         try:
             guest.setblocking(False)
-            # The guest sees the port that the OK line has.
-            guest.bind((VMADDR_CID_ANY, number))
+            number = self._bind(guest)
             async with asyncio.timeout(PLAYED_CONNECT_SECONDS):
                 await loop.sock_connect(guest, (self.cid, port))
             await loop.sock_sendall(sock, ok_line(number))
@@ -348,6 +359,30 @@ class Device:
             raise
         Connection(self, guest, sock, strike).start()
         return True
+
+    def _next_port(self) -> None:
+        self.port = self.port + 1 if self.port + 1 < 1 << 31 else FIRST_HOST_PORT
+
+    def _bind(self, guest: socket) -> int:
+        """Bind the host's end of a connection: the guest sees the port that the OK line has.
+
+        A real device counts its ports alone; a port that a connection of another machine has is
+        skipped.  Raises OSError(EADDRINUSE) if one of this machine has it.
+        """
+        while True:
+            try:
+                guest.bind((VMADDR_CID_ANY, self.port))
+            except OSError as error:
+                holder = self._holders.get(self.port, self.cid)
+                if error.errno != errno.EADDRINUSE or holder == self.cid:
+                    raise
+                self._next_port()
+                continue
+            self._holders.pop(self.port, None)
+            self._holders[self.port] = self.cid
+            if len(self._holders) > PLAYED_PORTS_MAX:
+                del self._holders[next(iter(self._holders))]
+            return self.port
 
     # Connections from the guest
 
@@ -365,7 +400,9 @@ class Device:
 
     async def _connect_to_host(self, request: ConnectRequest) -> None:
         await self.running.wait()  # the only wait: a cancelled task has not replied
-        strike = self._faults.next(f"connect of machine {self.cid} to port {request.port}")
+        strike = self._faults.next(
+            request.port, f"connect of machine {self.cid} to port {request.port}"
+        )
         sock = stdlib.socket(stdlib.AF_UNIX)
         sock.setblocking(False)
         try:
@@ -389,6 +426,7 @@ class Machine:
         cid: int,
         path: Path | None,
         log: Callable[[str], None],
+        holders: dict[int, int],
     ) -> None:
         """Play a machine for the guest ``cid``, at the unix socket ``path`` if it is hybrid."""
         self.personality = personality
@@ -401,7 +439,14 @@ class Machine:
         self.device: Device | None = None
         if personality.transport is Transport.HYBRID:
             assert path is not None
-            self.device = Device(personality, control, cid, path, self.faults)
+            self.device = Device(
+                personality=personality,
+                control=control,
+                cid=cid,
+                path=path,
+                faults=self.faults,
+                holders=holders,
+            )
             try:
                 self.device.open()
             except OSError:
@@ -430,7 +475,7 @@ class Machine:
             "snapshots": list(self._snapshots),
             "operations": sorted(personality.operations),
             "faults": [
-                {"name": one.name, "seed": one.seed, "times": one.times}
+                {"name": one.name, "seed": one.seed, "times": one.times, "port": one.port}
                 for one in self.faults.armed
             ],
         }
@@ -568,6 +613,7 @@ class Hypervisor:
         self._folder = folder
         self.machines: dict[int, Machine] = {}
         self.log: list[str] = []  #: what has happened, oldest first
+        self._holders: dict[int, int] = {}
 
     def _note(self, line: str) -> None:
         self.log.append(line)
@@ -652,7 +698,12 @@ class Hypervisor:
 
     def _machine(self, personality: Personality, cid: int, path: Path | None) -> Machine:
         return Machine(
-            personality=personality, control=self._control, cid=cid, path=path, log=self._note
+            personality=personality,
+            control=self._control,
+            cid=cid,
+            path=path,
+            log=self._note,
+            holders=self._holders,
         )
 
     def remove(self, cid: int) -> None:

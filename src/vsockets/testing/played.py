@@ -169,6 +169,11 @@ class PlayedMachine:
         rows = self._request("POST", "/clone", count=count)["machines"]
         return [PlayedMachine(self._fabric, self._api, row) for row in rows]
 
+    def another(self) -> PlayedMachine:
+        """Return another machine of the same hypervisor, in the same fabric."""
+        row = self.describe()
+        return self._fabric.played(f"{row['hypervisor']}@{row['version']}")
+
     def kill(self) -> None:
         """End the hypervisor's process; the file of its unix socket stays, as a crash leaves it."""
         self._request("POST", "/kill")
@@ -183,12 +188,21 @@ class PlayedMachine:
         self._end_programs()
         self._take(self._request("POST", "/change-cid", cid=cid))
 
-    def fault(self, name: str, *, seed: int = 0, times: int = 1, seconds: float = 0.2) -> None:
+    def fault(
+        self,
+        name: str,
+        *,
+        seed: int = 0,
+        times: int = 1,
+        seconds: float = 0.2,
+        port: int | None = None,
+    ) -> None:
         """Have a fault strike the next ``times`` connections; docs/test-your-agent.md lists them.
 
-        Random choices depend on ``seed`` only.
+        Random choices depend on ``seed`` only.  With ``port``, which is the guest's for CONNECT and
+        the host's for a connect of the guest, connections to other ports are spared.
         """
-        values = {"name": name, "seed": seed, "times": times, "seconds": seconds}
+        values = {"name": name, "seed": seed, "times": times, "seconds": seconds, "port": port}
         self._request("POST", "/fault", **values)
 
     @property
