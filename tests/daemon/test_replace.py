@@ -24,19 +24,6 @@ from vsockets import Attachment
 from vsockets._linux.inspection import unread_bytes
 from vsockets.control import Control
 from vsockets.daemon import succession
-from vsockets.daemon.handover import (
-    Reader,
-    Writer,
-    restore_endpoint,
-    restore_fabric,
-    save_endpoint,
-    save_fabric,
-)
-from vsockets.daemon.scheduling import DeferredWork
-from vsockets.daemon.streams import Streams
-from vsockets.eventloop.loop import EventLoop
-from vsockets.fabric import Connection, Credentials, Endpoint, EndpointKind, Fabric
-from vsockets.model.buffers import BufferSizes
 from vsockets.protocol import RECORD_SIZE, Op, Record, Request
 from vsockets.protocol.client import local_cid
 from vsockets.state_folder import LOCK
@@ -146,62 +133,6 @@ connection.sendall(connection.recv(10))
             client.send(b"still")
             assert client.recv(10) == b"still"
         assert process.wait(PATIENCE) == 0
-
-
-def test_streams_that_change_after_their_rows_were_sent() -> None:
-    """vsockd sends rows of its streams to its successor, and serves on before the rest."""
-    fabric, loop = Fabric(0), EventLoop()
-    guest, owner = fabric.contexts.add(None, "", 0), Credentials(1, 0, 0)
-    streams = Streams(loop, fabric, DeferredWork(loop))
-    streams.open()
-    listener, asked = (
-        Endpoint(EndpointKind.STREAM, fabric.contexts.host, 2, port, owner, listening=True)
-        for port in (5000, 5001)
-    )
-    asked.pending = True
-    with contextlib.ExitStack() as stack:
-
-        def connect(listener: Endpoint) -> Connection:
-            ours, _ = (stack.enter_context(end) for end in socket.socketpair())
-            one = fabric.connect(guest, listener, None, BufferSizes(), owner, ours.fileno())
-            one.watch = streams.add(ours.fileno(), one.number)
-            return one
-
-        stays, resized, ended = (connect(listener) for _ in range(3))
-        connect(asked)
-        writer = Writer(fabric)
-        early = streams.save_early(writer)
-        assert [row[0] for row in early] == [stays.number, resized.number, ended.number]
-
-        fabric.end(ended.number)
-        connect(listener)
-        resized.size = 4096
-        saved = streams.save(writer)
-        endpoints = {number: save_endpoint(writer, one) for one, number in writer.endpoints.items()}
-        assert len(saved["connections"]) == 3
-
-        other = Fabric(0)
-        restore_fabric(other, save_fabric(fabric))
-        reader = Reader(other, [os.dup(fd) for fd in writer.descriptors], early)
-        reader.endpoints.update(
-            (number, restore_endpoint(reader, one)) for number, one in endpoints.items()
-        )
-        restored = Streams(loop, other, DeferredWork(loop))
-        restored.restore(reader, saved)
-
-        assert state_of(other) == state_of(fabric)
-        restored.reap()
-        assert restored.inodes().keys() == fabric.connections.keys() | {ended.number}
-
-
-def state_of(fabric: Fabric) -> object:
-    """Return what a fabric knows of its streams."""
-    context = fabric.contexts.require(3)
-    connections = {
-        one.number: (one.local, one.peer, one.size, one.listener.port, type(one.watch))
-        for one in fabric.connections.values()
-    }
-    return connections, set(context.connected), set(context.cookies), context.party_of(0).sockets
 
 
 def test_a_port_stays_that_a_refused_connect_has_taken_from_its_holder(
@@ -611,7 +542,7 @@ def test_a_predecessor_that_is_stopped_ends_later() -> None:
     failed: list[OSError] = []
 
     def confirm() -> None:
-        predecessor = succession.Predecessor(theirs.detach())
+        predecessor = succession.Predecessor(theirs.detach(), succession.FORMAT)
         try:
             predecessor.confirm()
         except OSError as error:

@@ -124,7 +124,9 @@ class BrokerWorld(World):
     def patches(self) -> list[tuple[Any, str, Any]]:
         modules = broker_module, channel_module, limit_checks, scheduling, device_link
         return [
-            *((module, "monotonic", self.loop.time) for module in modules),
+            *((module, "monotonic", lambda: self.loop.time()) for module in modules),
+            (succession, "_LISTENERS_PER_PART", 1),
+            (succession, "_STREAMS_PER_PART", 2),
             (channel_module, "dispose", dispose),
             (succession, "_CHANNELS", {**succession._CHANNELS, "ProgramChannel": ProgramChannel}),
             (logging.getLogger("vsockets"), "propagate", False),
@@ -238,29 +240,39 @@ class BrokerWorld(World):
 
     def do_replace(self, chance: Random) -> None:
         """A new vsockd takes over all that the old one has, which serves until the last moment."""
-        old = self.broker
-        writer = Writer(self.fabric)
-        early = marshal.dumps(old.streams.save_early(writer))
-        for _ in range(chance.randrange(4)):
-            self.do_turn(chance)
+        old, old_loop, old_fabric = self.broker, self.loop, self.fabric
+        writer = Writer(old_fabric)
+        descriptors: list[int] = []
+        loop = SimulatedLoop(SimulatedSockets())
+        fabric = Fabric(OWNER)
+        broker = Broker(cast(Any, loop), fabric, cast(Any, SimulatedAudit()))
+        reader = Reader(fabric, descriptors)
+        for part in succession.save_early(writer, old):
+            descriptors += map(os.dup, writer.take_descriptors())
+            succession.restore_early(reader, marshal.loads(marshal.dumps(part)), broker)
+            for _ in range(chance.randrange(3)):
+                chance.choice([self.do_turn, self.do_turn, self.do_reap])(chance)
         before = self._describe()
-        writer.find_parties(self.fabric)
+        writer.find_parties(old_fabric)
         state = marshal.dumps(succession.save_broker(writer, old))
-        descriptors = [os.dup(fd) for fd in writer.descriptors]
-        self.loop.forget()
-        self.fabric = Fabric(OWNER)
-        self.broker = Broker(cast(Any, self.loop), self.fabric, cast(Any, SimulatedAudit()))
-        reader = Reader(self.fabric, descriptors, marshal.loads(early))
-        succession.restore_broker(reader, marshal.loads(state), cast(Any, self.loop), self.broker)
-        self.broker.streams.resume()
-        self.broker.streams.open()
+        descriptors += map(os.dup, writer.take_descriptors())
+        old_loop.forget()
+        loop.now = old_loop.now
+        self.loop, self.fabric, self.broker = loop, fabric, broker
+        succession.restore_broker(reader, marshal.loads(state), cast(Any, loop), broker)
+        broker.streams.resume()
+        broker.streams.open()
         close_broker(old)
+        old_loop.close()
         after = self._describe()
         assert after == before, f"replaced: {set(after) ^ set(before)}"
 
     def _describe(self) -> list[object]:
         """Return what vsockd has, as plain values."""
-        found: list[object] = [("streams", *sorted(self.fabric.connections))]
+        found: list[object] = [
+            (one.number, one.local, one.peer, one.size, one.sizes, one.listener.address)
+            for one in self.fabric.connections.values()
+        ]
         for context in self.fabric.contexts:
             parties = [
                 (one.name, one.sockets, one.pending, one.channels)
@@ -277,7 +289,12 @@ class BrokerWorld(World):
         for channel in self._channels():
             listener = channel.listener
             if listener is not None and channel.endpoint is not None:
-                found.append((channel.endpoint.address, len(listener._pending)))
+                about = listener.is_listening, listener._capacity, channel.endpoint.sizes
+                found.append((channel.endpoint.address, len(listener._pending), *about))
+        liveness = self.broker.streams._liveness
+        found += [("inode", *sorted(liveness._by_inode.items()))]
+        for group in liveness.groups():
+            found.append(("group", *sorted(group.numbers), group.registered))
         return sorted(found, key=repr)
 
     # Programs

@@ -35,7 +35,7 @@ def hand_over(old: Fabric, channels: list[SimulatedChannel]) -> Fabric:
         for context in old.contexts
         for party in context.parties()
     ]
-    saved = {**save_fabric(old), "endpoints": endpoints, "connections": connections}
+    saved = {**save_fabric(old, writer.early), "endpoints": endpoints, "connections": connections}
     saved = marshal.loads(marshal.dumps(saved))
     new = Fabric(old.contexts.host.owner)
     restore_fabric(new, saved)

@@ -16,6 +16,7 @@ from vsockets.daemon.channel import Channel
 from vsockets.daemon.datagrams import DatagramSocket, Route
 from vsockets.daemon.device_link import HandoffLink
 from vsockets.daemon.named_sockets import NamedSocket
+from vsockets.daemon.streams import Streams
 from vsockets.devices.limits import VIRTIO_MERGED_PACKET_MAX_BYTES
 from vsockets.devices.virtio.connection import VirtioConnection
 from vsockets.devices.virtio.credit import ReceiveCredit, SendCredit
@@ -311,7 +312,7 @@ def closed_socket_keeps_its_routes(patch: pytest.MonkeyPatch) -> None:
 
 def closed_listener_is_handed_over(patch: pytest.MonkeyPatch) -> None:
     """Mended in 9910b89: its descriptor was closed, or another's: vsockd was not replaced."""
-    drop = Broker._drop
+    drop = Broker.drop
 
     def faulty(self: Broker, channel: Channel) -> None:
         endpoint = channel.endpoint
@@ -320,13 +321,23 @@ def closed_listener_is_handed_over(patch: pytest.MonkeyPatch) -> None:
         if endpoint is not None:
             endpoint.handle = handle
 
-    patch.setattr(Broker, "_drop", faulty)
+    patch.setattr(Broker, "drop", faulty)
     closed_path_is_handed_over(patch)
 
 
 def closed_path_is_handed_over(patch: pytest.MonkeyPatch) -> None:
     """Found by this simulator: the same, for a port that a refused connect has moved."""
     patch.setattr(NamedSocket, "close", lambda self: os.close(self.node))
+
+
+def stream_ended_since_its_row_was_sent(patch: pytest.MonkeyPatch) -> None:
+    """A new vsockd has a stream that has ended while its predecessor served on."""
+    patch.setattr(Streams, "end", lambda *_: None)
+
+
+def connection_since_its_listener_was_sent(patch: pytest.MonkeyPatch) -> None:
+    """A new vsockd does not count a connection that waits to be accepted."""
+    patch.setattr(Channel, "version", property(lambda self: self.requests))
 
 
 NAMED_FAULTS: list[Plant] = [closed_listener_is_handed_over, closed_path_is_handed_over]
@@ -339,6 +350,8 @@ BROKER_FAULTS: list[Plant] = [
     full_link_unbinds,
     last_descriptor_is_lost,
     closed_link_is_handed_over_once,
+    stream_ended_since_its_row_was_sent,
+    connection_since_its_listener_was_sent,
 ]
 
 VIRTIO_DEVICE_FAULTS: list[Plant] = [kick_is_lost, reset_overtakes_the_last_bytes]
@@ -390,6 +403,7 @@ FIRST_SEEDS: dict[Plant, int] = {
     closed_link_is_handed_over_once: 54,
     closed_listener_is_handed_over: 74,
     closed_path_is_handed_over: 475,
+    connection_since_its_listener_was_sent: 158,
     domains_are_ignored: 10,
     fault_tolerance_of_the_destination: 15,
     full_link_unbinds: 230,
@@ -404,6 +418,7 @@ FIRST_SEEDS: dict[Plant, int] = {
     report_for_an_earlier_connect: 10,
     reset_overtakes_the_last_bytes: 15,
     route_is_revoked_twice: 346,
+    stream_ended_since_its_row_was_sent: 375,
     trust_of_the_moment: 50,
     withheld_byte_is_not_published: 18,
 }

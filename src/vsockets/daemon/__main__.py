@@ -17,13 +17,20 @@ from .._linux.folders import describe
 from .._linux.sd_notify import notify_ready
 from ..fabric import Refused
 from ..state_folder import LOG, default_folder
+from . import earlier_format
 from .configuration import ConfigurationError, default_configuration_folder
 from .crash_records import How, OtherwiseStarted, Start
 from .holder import Holder
 from .journal import JournalDamaged
 from .limits import DAEMON_RESTARTS_DEFAULT
 from .recovery import Killed
-from .succession import NOT_TAKEN_OVER, NotTakenOver, Predecessor, wait_for_successors
+from .succession import (
+    FORMAT,
+    NOT_TAKEN_OVER,
+    NotTakenOver,
+    Predecessor,
+    wait_for_successors,
+)
 from .vsockd import AlreadyRunning, Vsockd
 
 log = logging.getLogger(__name__)
@@ -74,6 +81,9 @@ def make_parser() -> argparse.ArgumentParser:
         "most N times a minute (default: %(default)s; 0: never)",
     )
     parser.add_argument("--succeed", type=int, metavar="FD", help=argparse.SUPPRESS)
+    parser.add_argument(
+        "--format", type=int, default=earlier_format.FORMAT, help=argparse.SUPPRESS
+    )  # of the state that the vsockd before hands over
     parser.add_argument(
         "--config",
         type=Path,
@@ -185,7 +195,7 @@ def _predecessor(
     """Return the vsockd that this one takes over from, or None."""
     if holder is not None and holder.is_again:
         return Killed(holder.in_flight, holder.inherited)
-    return None if arguments.succeed is None else Predecessor(arguments.succeed)
+    return None if arguments.succeed is None else Predecessor(arguments.succeed, arguments.format)
 
 
 def _successor(arguments: argparse.Namespace) -> list[str]:
@@ -193,6 +203,7 @@ def _successor(arguments: argparse.Namespace) -> list[str]:
     command = [sys.executable, "-P", "-m", "vsockets.daemon"]
     command += ["--dir", str(arguments.dir.absolute()), "--log-format", arguments.log_format]
     command += ["--log-level", arguments.log_level, "--restarts", str(arguments.restarts)]
+    command += ["--format", str(FORMAT)]
     if arguments.config is not None:
         command += ["--config", str(arguments.config.absolute())]
     flags = {"--background": arguments.background, "--on-demand": arguments.on_demand}

@@ -126,34 +126,33 @@ class Broker:
 
     def save(self, writer: Writer) -> Saved:
         """Return streams and channels for the next vsockd; the caller saves what they refer to."""
-        kept = [channel for channels in self._channels.values() for channel in channels]
         return {
             "streams": self.streams.save(writer),
-            "kept": [writer.channel(channel) for channel in kept],
+            "kept": [writer.channel(one) for kept in self._channels.values() for one in kept],
             "holders": [(secret, writer.channel(one)) for secret, one in self._holders.items()],
             "names": next(self._names),
         }
 
     def restore(self, reader: Reader, saved: Saved, channels: dict[int, Saved]) -> None:
-        """Serve the channels that the previous vsockd has saved; ``channels`` has all of them."""
+        """Serve the channels that the previous vsockd has saved; ``channels`` has their rows."""
         self._names = count(saved["names"])
-        for number in saved["kept"]:
-            channel, row = reader.channels[number], channels[number]
-            if row["listener"] is not None:
-                self._restore_listener(reader, channel, row["listener"])
-            if row["silent"]:
-                self._begin_silence(channel)
-            else:
-                self._keep(channel)
+        for number in channels.keys() & saved["kept"]:
+            self.restore_channel(reader, reader.channels[number], channels[number])
         self._holders = {secret: reader.channels[number] for secret, number in saved["holders"]}
         if self._holders:
             self._sweep_later()
         self._unannounced.retry_later()
 
-    def _restore_listener(self, reader: Reader, channel: Channel, saved: Saved) -> None:
-        listener = channel.listener = restore_listener(reader, channel, saved)
-        if listener.has_held:
-            self._unannounced.targets[listener] = None
+    def restore_channel(self, reader: Reader, channel: Channel, saved: Saved) -> None:
+        """Serve a channel with what the previous vsockd has saved."""
+        if saved["listener"] is not None:
+            listener = restore_listener(reader, channel, saved["listener"])
+            if listener.has_held:
+                self._unannounced.targets[listener] = None
+        if saved["silent"]:
+            self._begin_silence(channel)
+        elif channel not in self._channels.get(channel.context, ()):
+            self._keep(channel)
 
     def keep_journal(self, journal: Journal) -> None:
         """Record in ``journal`` what changes from now on, before clients get replies."""
@@ -210,7 +209,7 @@ class Broker:
         elif channel.endpoint is None:
             channel.close()
         else:
-            self._drop(channel)
+            self.drop(channel)
         if self.journal is not None:
             self.journal.end_request()
 
@@ -222,12 +221,12 @@ class Broker:
             channel.receive_credentials(True)  # the device may have cleared SO_PASSCRED
             self._keep(channel)
         else:
-            self._drop(channel)
+            self.drop(channel)
 
     def close_context(self, context: Context) -> None:
         """Release everything in a closed context, whose streams have been disconnected."""
         for channel in list(self._channels.get(context, ())):
-            self._drop(channel)
+            self.drop(channel)
         self._channels.pop(context, None)
         if context.device is not None:
             context.device.streams.close()
@@ -260,7 +259,7 @@ class Broker:
             if len(self._silent_in_reserve) > max_silent_descriptors():
                 longest = next(iter(self._silent_in_reserve))
                 longest.send(Record(errno.ENOBUFS).encode())
-                self._drop(longest)
+                self.drop(longest)
 
     def _begin_silence(self, channel: Channel) -> None:
         channel.silent = True
@@ -280,7 +279,7 @@ class Broker:
             self._turns.watch(channel.party, fd, lambda hung_up: self.serve_kept(channel, hung_up))
         except OSError as error:
             self._log(logging.WARNING, channel, f"connection closed: {error.strerror}")
-            self._drop(channel)
+            self.drop(channel)
 
     def serve_kept(self, channel: Channel, hung_up: bool = False) -> None:
         """Serve a request on a channel that is kept, or its end."""
@@ -298,11 +297,12 @@ class Broker:
             self._log(logging.INFO, channel, "closed: the client does not read its replies")
             data = b""
         if not (data and self._serve(channel, data)):
-            self._drop(channel)
+            self.drop(channel)
         if journal is not None:
             journal.end_request()
 
-    def _drop(self, channel: Channel) -> None:
+    def drop(self, channel: Channel) -> None:
+        """Close a channel that is kept, and release its port."""
         self._turns.unwatch(channel.party, channel.sock.fileno())
         kept = self._channels.get(channel.context)
         if kept is not None and channel in kept:
@@ -346,7 +346,7 @@ class Broker:
 
     def _drop_if_closed(self, target: object) -> None:
         if isinstance(target, Channel) and target.has_hung_up():
-            self._drop(target)
+            self.drop(target)
         elif isinstance(target, Listener) and not target.is_open():
             self._drop_listener(target)
 
@@ -381,7 +381,7 @@ class Broker:
                 return
             pid = channel.credentials.pid
             log.debug("pid %d connected and sent no request", pid, extra=logs.by(channel.party))
-            self._drop(channel)
+            self.drop(channel)
 
     # Requests
 
@@ -653,7 +653,7 @@ class Broker:
         if target.channel.sock.fileno() < 0:
             return  # this request has probed named sockets, and dropped the listener already
         target.channel.send(Record(errno.EBADF).encode())  # the client must not reconnect
-        self._drop(target.channel)
+        self.drop(target.channel)
 
     def _offer(
         self, channel: Channel, request: Request, connection: Connection, target: HandoffLink

@@ -134,11 +134,21 @@ class Channel(Peer):
         room = limits is None or self.party.channels < limits.sockets
         return room and may_keep_descriptor(self.sock.fileno())
 
+    @property
+    def version(self) -> object:
+        """A value that differs after a change of a listening socket, or of its endpoint."""
+        assert self.listener is not None
+        return self.requests, self.listener.version
+
     def save(self, writer: Writer) -> Saved:
         """Return the channel for the next vsockd; a channel that was handed off has no socket."""
         return {
             "class": type(self).__name__,
-            "socket": writer.descriptor(self.sock.fileno()) if self.sock.fileno() >= 0 else None,
+            "socket": (
+                writer.descriptor(self.sock.fileno(), self.sock)
+                if self.sock.fileno() >= 0
+                else None
+            ),
             "context": self.context.cid,
             "kind": self.kind.value,
             "credentials": (*self.credentials,),
@@ -237,6 +247,11 @@ class Listener:
         #: connections not announced yet: record, descriptor of the socket, party
         self._held: deque[tuple[bytes, int, Party]] = deque()
 
+    @property
+    def version(self) -> object:
+        """A value that differs after a connection; requests change everything else."""
+        return len(self._held), list(self._pending)
+
     def save(self, writer: Writer) -> Saved:
         """Return the listener for the next vsockd."""
         return {
@@ -250,7 +265,8 @@ class Listener:
         }
 
     def restore(self, reader: Reader, saved: Saved) -> None:
-        """Set what the previous vsockd has saved."""
+        """Set what the previous vsockd has saved, instead of what it has saved before."""
+        Listener.close(self)
         self._capacity = saved["capacity"]
         for party in saved["pending"]:
             self._add_pending(reader.party(party))

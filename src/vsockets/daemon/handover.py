@@ -40,6 +40,18 @@ from ..model.buffers import BufferSizes
 Saved = dict[str, Any]
 
 
+class Early:
+    """The part of the state that was sent before the rest, by number."""
+
+    def __init__(self) -> None:
+        self.contexts: dict[int, Saved] = {}
+        self.endpoints: dict[int, Saved] = {}
+        # Values that differ after a change: comparing them takes less time than comparing rows.
+        self.groups: dict[int, object] = {}
+        self.channels: dict[int, object] = {}
+        self.connections: set[int] = set()  #: nothing changes of an established stream
+
+
 class Writer:
     """The state that a vsockd hands over: numbers that stand for objects, and descriptors."""
 
@@ -60,9 +72,10 @@ class Writer:
         self.links: dict[Any, int] = {}
         self.groups: dict[Any, int] = {}
         self.receivers: dict[Any, int] = {}
-        #: the connections whose rows were sent before the rest, by number, and what of them can
-        #: have changed since: buffer size and registration
-        self.early: dict[int, tuple[int, object]] = {}
+        #: what was sent before the rest
+        self.early = Early()
+        self._positions: dict[object, int] = {}  # of descriptors, by their owners
+        self._taken = 0  # descriptors that were taken to be sent
         self.find_parties(fabric)
 
     def find_parties(self, fabric: Fabric) -> None:
@@ -79,12 +92,25 @@ class Writer:
             found = numbers[one] = next(self._numbers)
         return found
 
-    def descriptor(self, fd: int) -> int:
-        """Return the number for a descriptor."""
+    def descriptor(self, fd: int, owner: object = None) -> int:
+        """Return the number for a descriptor.
+
+        With ``owner``, an object that has this descriptor as long as it has one, it is sent once.
+        """
         if self.lasting:
             return fd
+        position = len(self.descriptors)
+        if owner is not None:
+            found = self._positions.setdefault(owner, position)
+            if found != position:
+                return found
         self.descriptors.append(fd)
-        return len(self.descriptors) - 1
+        return position
+
+    def take_descriptors(self) -> list[int]:
+        """Return the descriptors that have got a number since the last call."""
+        taken, self._taken = self._taken, len(self.descriptors)
+        return self.descriptors[taken:]
 
     def descriptor_of(self, sock: _socket.socket | None) -> int | None:
         """Return the number for a socket's descriptor, or None if ``sock`` is None."""
@@ -140,14 +166,13 @@ class ClosedLink:
 class Reader:
     """The state that a vsockd takes over: the objects by their numbers, and the descriptors."""
 
-    def __init__(
-        self, fabric: Fabric, descriptors: Sequence[int], early: Sequence[Any] = ()
-    ) -> None:
-        """Start without objects; ``early`` are the rows that came before the state."""
+    def __init__(self, fabric: Fabric, descriptors: Sequence[int]) -> None:
+        """Start without objects."""
         self.fabric = fabric
         self.descriptors = descriptors
-        self.early = early
         self.endpoints: dict[int, Endpoint] = {}
+        #: what endpoints refer to (:func:`.succession.save_handle`)
+        self.handles: dict[int, Any] = {}
         self.channels: dict[int, Any] = {}
         self.links: dict[int, Any] = {}
         self.groups: dict[int, Any] = {}
@@ -210,11 +235,11 @@ def save_context(context: Context) -> Saved:
 
 
 def restore_context(fabric: Fabric, saved: Saved) -> None:
-    """Add a context from plain values, or set those of the host or the hypervisor."""
-    contexts = fabric.contexts
-    context = contexts.get(saved["cid"]) or contexts.put(
-        Context(saved["cid"], saved["name"], saved["owner"])
-    )
+    """Add a context from plain values, or set those of one that exists."""
+    contexts, named = fabric.contexts, (saved["name"], saved["owner"])
+    context = contexts.get(saved["cid"])
+    if context is None or (context.is_guest and named != (context.name, context.owner)):
+        context = contexts.put(Context(saved["cid"], *named))  # the CID may have had another guest
     profile, unrestricted, domain = saved["isolation"]
     context.leases = saved["leases"]
     context.isolation = Isolation(Profile(profile), unrestricted, domain)
@@ -246,10 +271,12 @@ def restore_counts(counts: Counts, saved: Saved) -> None:
     counts.denials.update({Rule(rule): number for rule, number in saved["denials"].items()})
 
 
-def save_fabric(fabric: Fabric) -> Saved:
+def save_fabric(fabric: Fabric, early: Early) -> Saved:
     """Return a fabric's contexts and counters, without endpoints and connections."""
+    contexts = [save_context(context) for context in fabric.contexts]
     return {
-        "contexts": [save_context(context) for context in fabric.contexts],
+        "contexts": [one for one in contexts if early.contexts.get(one["cid"]) != one],
+        "removed": [cid for cid in early.contexts if fabric.contexts.get(cid) is None],
         "following": fabric.contexts.following,
         "departed": save_counts(fabric.departed),
         "last_number": fabric.last_number,
@@ -258,6 +285,8 @@ def save_fabric(fabric: Fabric) -> Saved:
 
 def restore_fabric(fabric: Fabric, saved: Saved) -> None:
     """Give a new fabric what :func:`save_fabric` has returned."""
+    for cid in saved["removed"]:
+        fabric.contexts.remove(cid)
     for one in saved["contexts"]:
         restore_context(fabric, one)
     fabric.contexts.following = saved["following"]
@@ -305,6 +334,20 @@ def restore_endpoint(reader: Reader, saved: Saved) -> Endpoint:
         BufferSizes(*saved["sizes"]),
         None if saved["party"] is None else reader.party(saved["party"]),
     )
+    _claim(endpoint, saved)
+    return endpoint
+
+
+def update_endpoint(endpoint: Endpoint, saved: Saved) -> None:
+    """Set what can change of a stream endpoint, whose port :func:`release_endpoint` released."""
+    endpoint.cookie, endpoint.inode = saved["cookie"], saved["inode"]
+    endpoint.listening, endpoint.pending = saved["listening"], saved["pending"]
+    endpoint.sizes = BufferSizes(*saved["sizes"])
+    _claim(endpoint, saved)
+
+
+def _claim(endpoint: Endpoint, saved: Saved) -> None:
+    context = endpoint.context
     if saved["has_port"]:
         if endpoint.kind is EndpointKind.DATAGRAM:
             context.datagrams[endpoint.port] = endpoint
@@ -314,7 +357,15 @@ def restore_endpoint(reader: Reader, saved: Saved) -> Endpoint:
             endpoint.party.sockets += 1
     if saved["has_cookie"]:
         context.cookies[endpoint.cookie] = endpoint
-    return endpoint
+
+
+def release_endpoint(endpoint: Endpoint) -> None:
+    """Release the port and the cookie of a stream endpoint."""
+    context = endpoint.context
+    if context.connected.release(endpoint.port, endpoint) and endpoint.party is not None:
+        endpoint.party.sockets -= 1
+    if context.cookies.get(endpoint.cookie) is endpoint:
+        del context.cookies[endpoint.cookie]
 
 
 def save_connections(writer: Writer, connections: Iterable[Connection]) -> list[Any]:

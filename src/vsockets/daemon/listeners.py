@@ -297,14 +297,15 @@ class Unannounced:
 
 
 def restore_listener(reader: Reader, channel: Channel, saved: Saved) -> Listener:
-    """Return the listener of a channel, as the previous vsockd has saved it."""
-    listener: Listener
-    if saved["class"] == AnnouncedListener.__name__:
+    """Give a channel the listener that the previous vsockd has saved; return it."""
+    listener = channel.listener
+    if listener is None and saved["class"] == AnnouncedListener.__name__:
         listener = AnnouncedListener(channel)
-    else:
+    elif listener is None:
         node = -1 if saved["node"] is None else reader.descriptors[saved["node"]]
         named = NamedSocket(saved["name"], node)
         listener = NamedListener(channel, named, saved["type"])
+    channel.listener = listener
     listener.restore(reader, saved)
     return listener
 

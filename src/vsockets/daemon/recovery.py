@@ -52,7 +52,6 @@ class Killed:
     def __init__(self, in_flight: InFlight, kept: set[int]) -> None:
         """Start without state; the descriptors ``kept`` are not vsockd's."""
         self.state: Saved = {}
-        self.early: Sequence[Any] = ()
         self.in_flight = in_flight
         self.left: Left | None = None  #: to do for the request under way
         self.serial = 0  #: the number of the entry with ``left``
@@ -282,15 +281,15 @@ class _Tables:
             if row[-1] is not None:
                 groups.setdefault(row[-1], []).append(row[0])
         self._streams["liveness"] = {
-            "groups": [
-                (fd, {"epoll": fd, "numbers": held, "registered": len(held), "inodes": []})
+            "groups": {
+                fd: {"epoll": fd, "numbers": held, "registered": len(held), "inodes": []}
                 for fd, held in groups.items()
-            ],
+            },
+            "order": list(groups),
             "current": None,
             "filled": None,
             "with_room": [],
             "room": [0, 0],
-            "inodes": [],
         }
 
 

@@ -42,7 +42,7 @@ _EVENT_AT = ctypes.byref(_EVENT)
 class Group:
     """Some of the brokered streams, by connection number, registered in one epoll."""
 
-    __slots__ = ("_epoll", "_registrations", "fd", "inodes", "numbers", "registered")
+    __slots__ = ("_epoll", "_registrations", "checks", "fd", "inodes", "numbers", "registered")
 
     def __init__(self, epoll: select.epoll | None = None) -> None:
         """Start with ``epoll``, which an earlier vsockd has registered streams in, or without."""
@@ -55,7 +55,9 @@ class Group:
         #: registered sockets at the last check, including those of ended streams that some
         #: process still has open
         self.registered = 0
-        self.inodes: list[int] = []  #: inodes of the accepting ends at the last check
+        #: streams by the inode of their accepting end, at the last check
+        self.inodes: dict[int, int] = {}
+        self.checks = 0
 
     def add(self, fd: int, number: int) -> None:
         """Register the stream that ``fd`` is one end of."""
@@ -73,23 +75,32 @@ class Group:
                 raise last_error() from None
             self.numbers.add(number)
 
+    @property
+    def version(self) -> object:
+        """A value that differs after a change: only a check removes streams."""
+        return self.checks, len(self.numbers)
+
     def save(self, writer: Writer) -> Saved:
         """Return the group for the next vsockd."""
         return {
-            "epoll": writer.descriptor(self.fd),
+            "epoll": writer.descriptor(self.fd, self),
             "numbers": list(self.numbers),
             "registered": self.registered,
-            "inodes": self.inodes,
+            "inodes": list(self.inodes.items()),
         }
 
     @classmethod
     def restore(cls, reader: Reader, saved: Saved) -> Group:
         """Return a group that the previous vsockd has saved."""
         group = cls(select.epoll.fromfd(reader.descriptors[saved["epoll"]]))
-        group.numbers.update(saved["numbers"])
-        group.registered = saved["registered"]
-        group.inodes = saved["inodes"]
+        group.update(saved)
         return group
+
+    def update(self, saved: Saved) -> None:
+        """Set what the previous vsockd has saved."""
+        self.numbers = set(saved["numbers"])
+        self.registered = saved["registered"]
+        self.inodes = dict(saved["inodes"])
 
     def close(self) -> None:
         """Close the group's epoll."""
@@ -144,38 +155,55 @@ class StreamLiveness:
         if self._current is None:
             self._use(self._new_group())
 
-    def number_groups(self, writer: Writer) -> None:
-        """Give each group a number, unless it has one."""
+    def save_groups(self, writer: Writer) -> dict[int, Saved]:
+        """Return the rows of all groups that have changed since they were saved, by number."""
+        rows, early = {}, writer.early.groups
         for group in self._groups.values():
             writer.groups.setdefault(group, len(writer.groups))
+            number, version = writer.group(group), group.version
+            assert number is not None
+            if early.get(number) != version:
+                rows[number] = group.save(writer)
+                early[number] = version
+        return rows
 
     def save(self, writer: Writer) -> Saved:
-        """Return all groups for the next vsockd."""
-        self.number_groups(writer)
+        """Return the groups for the next vsockd; the one checked longest ago comes first."""
         return {
-            "groups": [
-                (writer.group(group), group.save(writer)) for group in self._groups.values()
-            ],
+            "groups": self.save_groups(writer),
+            "order": [writer.group(group) for group in self._groups.values()],
             "current": writer.group(self._current),
             "filled": writer.group(self._filled),
             "with_room": [writer.group(group) for group in self._with_room],
             "room": [self._room, self._checked_room],
-            "inodes": list(self._by_inode.items()),
         }
 
+    def restore_groups(self, reader: Reader, saved: dict[int, Saved]) -> None:
+        """Add, or change, groups that the previous vsockd has saved."""
+        for number, one in saved.items():
+            group = reader.groups.get(number)
+            if group is None:
+                group = reader.groups[number] = Group.restore(reader, one)
+                self._events.register(group.fd, select.EPOLLIN)
+                self._groups[group.fd] = group
+            else:
+                self._forget_inodes(group)
+                group.update(one)
+            self._by_inode.update(group.inodes)
+
     def restore(self, reader: Reader, saved: Saved) -> None:
-        """Add the groups that the previous vsockd has saved."""
-        for number, one in saved["groups"]:
-            group = Group.restore(reader, one)
-            self._events.register(group.fd, select.EPOLLIN)
-            self._groups[group.fd] = group
-            reader.groups[number] = group
+        """Set what the previous vsockd has saved."""
+        self.restore_groups(reader, saved["groups"])
+        order = saved["order"]
+        for number in reader.groups.keys() - set(order):
+            self._forget_inodes(reader.groups[number])
+            self._close(reader.groups.pop(number))
+        self._groups = {(group := reader.groups[number]).fd: group for number in order}
         current, filled = saved["current"], saved["filled"]
         self._current = None if current is None else reader.groups[current]
         self._filled = None if filled is None else reader.groups[filled]
         self._with_room = {reader.groups[number]: None for number in saved["with_room"]}
         self._room, self._checked_room = saved["room"]
-        self._by_inode = dict(saved["inodes"])
 
     def add(self, fd: int, number: int) -> Group:
         """Register the stream that ``fd`` is one end of.  ``number`` fits 31 bits.
@@ -263,11 +291,10 @@ class StreamLiveness:
         found = group.alive()
         ended = [number for number in group.numbers if number not in found]
         group.numbers.difference_update(ended)
-        for inode in group.inodes:
-            self._by_inode.pop(inode, None)
-        group.inodes = list(found.values())
-        for number, inode in found.items():
-            self._by_inode[inode] = number
+        group.checks += 1
+        self._forget_inodes(group)
+        group.inodes = {inode: number for number, inode in found.items()}
+        self._by_inode.update(group.inodes)
         group.registered = len(found)
         self._groups[group.fd] = self._groups.pop(group.fd)
         self._with_room.pop(group, None)
@@ -282,6 +309,10 @@ class StreamLiveness:
                 self._close(group)
         for number in ended:
             self._end(number)
+
+    def _forget_inodes(self, group: Group) -> None:
+        for inode in group.inodes:
+            self._by_inode.pop(inode, None)
 
     def check_oldest(self) -> None:
         """Check the group that was checked longest ago."""

@@ -327,42 +327,57 @@ class Streams:
         self._reap_delay: float | None = None  # None: no timer is set
         self._to_disconnect: list[Connection] = []  # of the previous vsockd
 
-    def save_early(self, writer: Writer) -> list[Any]:
-        """Return rows of the established streams; :meth:`save` then returns what changes later.
+    def save_groups(self, writer: Writer) -> dict[int, Saved]:
+        """Return the rows of all groups of registrations, by number."""
+        return self._liveness.save_groups(writer)
 
-        vsockd serves in between.  Of an established stream, only the size of its buffer and its
-        registration can change before it ends.  The number of one that has ended is not used again
-        for hours (:data:`vsockets.fabric.fabric.LAST_CONNECTION`).
+    def save_early(self, writer: Writer, connections: Iterable[Connection]) -> list[Any]:
+        """Return rows of established streams; :meth:`save` then returns the others.
+
+        Nothing changes of an established stream before it ends.  The number of one that has ended
+        is not used again for hours (:data:`vsockets.fabric.fabric.LAST_CONNECTION`).
         """
-        self._liveness.number_groups(writer)
-        connections = self._fabric.connections.values()
-        established = [one for one in connections if not one.listener.pending]
-        writer.early = {one.number: (one.size, one.watch) for one in established}
+        known = self._fabric.connections
+        established = [
+            one
+            for one in connections
+            if known.get(one.number) is one
+            and not one.listener.pending
+            and one.watch in writer.groups
+        ]
+        writer.early.connections.update(one.number for one in established)
         return save_connections(writer, established)
 
     def save(self, writer: Writer) -> Saved:
         """Return all streams, and those to be disconnected, for the next vsockd."""
-        early, connections = writer.early, self._fabric.connections
+        early, connections = writer.early.connections, self._fabric.connections
         liveness = self._liveness.save(writer)
-        changed = (
-            one for one in connections.values() if early.get(one.number) != (one.size, one.watch)
-        )
+        others = [one for number, one in connections.items() if number not in early]
         return {
             "liveness": liveness,
-            "connections": save_connections(writer, changed),
-            "ended": [number for number in early if number not in connections],
+            "connections": save_connections(writer, others),
+            "ended": list(early - connections.keys()),
             "remaining": save_connections(writer, self._disconnector.remaining),
         }
+
+    def restore_groups(self, reader: Reader, saved: dict[int, Saved]) -> None:
+        """Add groups of registrations that the previous vsockd has saved."""
+        self._liveness.restore_groups(reader, saved)
+
+    def restore_connections(self, reader: Reader, saved: Iterable[Any]) -> None:
+        """Add streams from rows."""
+        found = restore_connections(reader, saved)
+        self._fabric.connections.update({one.number: one for one in found})
+
+    def end(self, numbers: Iterable[int]) -> None:
+        """End streams that have ended since the previous vsockd saved them."""
+        for number in numbers:
+            self._fabric.end(number)
 
     def restore(self, reader: Reader, saved: Saved) -> None:
         """Add the streams that the previous vsockd has saved; endpoints are restored before."""
         self._liveness.restore(reader, saved["liveness"])
-        rows = {row[0]: row for row in reader.early}
-        for number in saved["ended"]:
-            del rows[number]
-        rows.update((row[0], row) for row in saved["connections"])
-        found = restore_connections(reader, rows.values())
-        self._fabric.connections.update({one.number: one for one in found})
+        self.restore_connections(reader, saved["connections"])
         self._to_disconnect = restore_connections(reader, saved["remaining"])
 
     def keep_journal(self, journal: Journal) -> None:

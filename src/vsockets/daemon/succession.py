@@ -5,18 +5,27 @@ The running vsockd starts its successor, with a socket between the two::
     successor                              predecessor
       starts, imports, reads the configuration
       "ready", format  ------------------>
-                       <------------------ rows of all established streams (in a memory file)
-      "read"           ------------------>
+                       <------------------ a part of the state (in a memory file), its descriptors
+      restores it
+      "next"           ------------------>
+                       ...                 serves requests between the parts
+      "next"           ------------------>
                                            serves no further request
-                       <------------------ state (in a memory file), all descriptors
-      restores all of it, does nothing yet
+                       <------------------ the rest and what has changed, descriptors
+      restores it, does nothing yet
       "taken"          ------------------>
                        <------------------ "go"; ends without cleaning up
       serves
 
-Requests wait in the kernel from "read" on.  The state has the rows that have changed since, and the
-numbers of the streams that have ended.  Descriptors are copies until the predecessor ends: if the
-successor fails at any point before "taken", the predecessor goes on serving.
+Requests wait in the kernel from the last "next" on.  The parts before have what there may be very
+much of, and what seldom changes: contexts, established streams, listening sockets of the library.
+The rest has those that have changed since, and the numbers of those that have ended.  Descriptors
+are copies until the predecessor ends: if the successor fails at any point before "taken", the
+predecessor goes on serving.
+
+All descriptors are sent.  A process that executes another program gets a table of descriptors of
+its own, and can join no other process's table later, so a successor cannot share its predecessor's
+as a vsockd shares its holder's (:mod:`.holder`).
 
 Streams do not depend on vsockd.  The epolls that detect their end (:mod:`.stream_liveness`) are
 handed over as they are, so no stream has to be found again.
@@ -38,12 +47,13 @@ import subprocess
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from .._linux.libc import check, libc
 from ..eventloop.loop import EventLoop
 from ..fabric import Credentials
 from ..state_folder import LOCK
+from . import earlier_format
 from .broker import Broker
 from .channel import Channel, Listener
 from .device_link import DeviceChannel, DeviceLink, HandoffChannel, HandoffLink
@@ -51,19 +61,24 @@ from .handover import (
     Reader,
     Saved,
     Writer,
+    release_endpoint,
+    restore_context,
     restore_endpoint,
     restore_fabric,
+    save_context,
     save_endpoint,
     save_fabric,
+    update_endpoint,
 )
 from .hybrid_listener import HybridChannel, PlayedHostLink, Relay
 from .in_flight import InFlight, Step
+from .listeners import AnnouncedListener
 
 log = logging.getLogger(__name__)
 
-#: The format of the state.  A successor takes over this format and, if it ever changes, also that
-#: of the previous release.
-FORMAT = 4
+#: The format of the state.  A successor takes over this format and the one before
+#: (:mod:`.earlier_format`).
+FORMAT = 5
 
 #: The version of marshal's format that every Python since 3.4 reads.  (Requests wait meanwhile:
 #: pickle takes three times as long to write, JSON five times.)
@@ -71,8 +86,12 @@ _MARSHAL = 4
 #: Seconds for the successor to start, and to restore the state.
 _START_SECONDS = 30.0
 _RESTORE_SECONDS = 5.0
+#: Listening sockets, and streams, in one part: vsockd serves no request for some milliseconds.
+_LISTENERS_PER_PART = 200
+_STREAMS_PER_PART = 1000
 #: The kernel's limit of descriptors in one message.
 _DESCRIPTORS_MAX = 253
+_FD_BYTES = array.array("i").itemsize
 _PR_SET_CHILD_SUBREAPER = 36
 _GO = b"go"
 #: Exit status of a successor that has not taken over.
@@ -87,6 +106,60 @@ _CHANNELS: dict[str, type[Channel]] = {
 # What the state consists of
 
 
+def save_early(writer: Writer, broker: Broker) -> Iterator[Saved]:
+    """Yield parts of the state, each as of its time; vsockd serves in between.
+
+    :func:`save_broker` then returns the rest, and what has changed.
+    """
+    early, fabric = writer.early, broker.fabric
+    early.contexts = {context.cid: save_context(context) for context in fabric.contexts}
+    contexts = list(early.contexts.values())
+    yield _part(writer, contexts=contexts, groups=broker.streams.save_groups(writer))
+    for listeners in _batches(list(broker.listening()), _LISTENERS_PER_PART):
+        writer.find_parties(fabric)
+        channels: Numbered = {}
+        for listener in listeners:
+            channel = listener.channel
+            if _is_plain(listener, channel):
+                number = writer.channel(channel)
+                assert number is not None
+                channels[number] = channel.save(writer)
+                early.channels[number] = channel.version
+        yield _part(writer, channels=channels)
+    for streams in _batches(list(fabric.connections.values()), _STREAMS_PER_PART):
+        writer.find_parties(fabric)
+        yield _part(writer, connections=broker.streams.save_early(writer, streams))
+
+
+def _is_plain(listener: Listener, channel: Channel) -> bool:
+    """Return whether a listening socket is the library's, and refers to nothing but its port."""
+    return (
+        isinstance(listener, AnnouncedListener)
+        and not listener.has_held
+        and channel.moved is None
+        and channel.last_device is None
+        and channel.sock.fileno() >= 0
+    )
+
+
+def _batches(values: list[Any], size: int) -> Iterator[list[Any]]:
+    for start in range(0, len(values), size):
+        yield values[start : start + size]
+
+
+def _part(writer: Writer, **tables: Any) -> Saved:
+    """Return a part, with the endpoints that it has mentioned."""
+    known = writer.early.endpoints
+    endpoints = {
+        number: save_endpoint(writer, one) | {"handle": save_handle(writer, one.handle)}
+        for one, number in writer.endpoints.items()
+        if number not in known
+    }
+    known.update(endpoints)
+    empty: Saved = {"contexts": [], "groups": {}, "channels": {}, "connections": []}
+    return empty | tables | {"endpoints": endpoints}
+
+
 def save_broker(writer: Writer, broker: Broker) -> Saved:
     """Return contexts, sockets, streams, links and datagram sockets."""
     for context in broker.fabric.contexts:
@@ -95,16 +168,24 @@ def save_broker(writer: Writer, broker: Broker) -> Saved:
         played = getattr(context.fallback, "__self__", None)
         if isinstance(played, PlayedHostLink):
             writer.link(played)
+    dropped = [
+        one
+        for one, number in writer.channels.items()
+        if number in writer.early.channels and one.sock.fileno() < 0
+    ]
+    dropped_numbers = [writer.channels.pop(one) for one in dropped]
     served = broker.save(writer)
     links, channels, endpoints = _save_references(writer)
     # Routes lead to endpoints that channels and connections do not mention.
     datagrams = broker.datagrams.save(writer)
-    for one, number in list(writer.endpoints.items())[len(endpoints) :]:
-        endpoints[number] = save_endpoint(writer, one) | {"handle": None}
+    for one, number in list(writer.endpoints.items()):
+        if number not in endpoints and number not in writer.early.endpoints:
+            endpoints[number] = save_endpoint(writer, one) | {"handle": None}
     return {
-        **save_fabric(broker.fabric),
+        **save_fabric(broker.fabric, writer.early),
         "endpoints": endpoints,
         "channels": channels,
+        "dropped": dropped_numbers,
         "links": links,
         "datagrams": datagrams,
         "served": served,
@@ -120,17 +201,32 @@ def _save_references(writer: Writer) -> tuple[Numbered, Numbered, Numbered]:
     links: Numbered = {}
     channels: Numbered = {}
     endpoints: Numbered = {}
-    while True:
-        for link, number in list(writer.links.items())[len(links) :]:
-            links[number] = link.save(writer)
-        for channel, number in list(writer.channels.items())[len(channels) :]:
-            channels[number] = channel.save(writer)
-        for endpoint, number in list(writer.endpoints.items())[len(endpoints) :]:
-            handle = save_handle(writer, endpoint.handle)
-            endpoints[number] = save_endpoint(writer, endpoint) | {"handle": handle}
-        done = len(links), len(channels), len(endpoints)
-        if done == (len(writer.links), len(writer.channels), len(writer.endpoints)):
-            return links, channels, endpoints
+    early = writer.early
+    same = {
+        number
+        for channel, number in writer.channels.items()
+        if number in early.channels and early.channels[number] == channel.version
+    }
+    # Nothing changes of the endpoints of devices, and of closed listeners.
+    fixed = {
+        number
+        for number, row in early.endpoints.items()
+        if row["handle"] is None or row["handle"][0] == "link" or row["handle"][1] in same
+    }
+    done = 0, 0, 0
+    while done != (found := (len(writer.links), len(writer.channels), len(writer.endpoints))):
+        for link, number in list(writer.links.items())[done[0] : found[0]]:
+            if link.is_open:  # else it was closed since an endpoint that refers to it was saved
+                links[number] = link.save(writer)
+        for channel, number in list(writer.channels.items())[done[1] : found[1]]:
+            if number not in same:
+                channels[number] = channel.save(writer)
+        for endpoint, number in list(writer.endpoints.items())[done[2] : found[2]]:
+            if number not in fixed:
+                handle = save_handle(writer, endpoint.handle)
+                endpoints[number] = save_endpoint(writer, endpoint) | {"handle": handle}
+        done = found
+    return links, channels, endpoints
 
 
 def save_handle(writer: Writer, handle: object) -> tuple[str, int | None] | None:
@@ -152,25 +248,60 @@ def _restore_handle(reader: Reader, saved: tuple[str, int]) -> object:
     return channel if kind == "channel" or channel is None else channel.listener
 
 
+def restore_early(reader: Reader, part: Saved, broker: Broker) -> None:
+    """Give a new broker a part that :func:`save_early` has yielded."""
+    for one in part["contexts"]:
+        restore_context(broker.fabric, one)
+    broker.streams.restore_groups(reader, part["groups"])
+    _restore_endpoints(reader, part["endpoints"])
+    _restore_channels(reader, part["channels"])
+    for number, one in part["channels"].items():
+        broker.restore_channel(reader, reader.channels[number], one)
+    broker.streams.restore_connections(reader, part["connections"])
+
+
 def restore_broker(reader: Reader, saved: Saved, loop: EventLoop, broker: Broker) -> None:
     """Give a new broker what :func:`save_broker` has returned."""
+    channels, endpoints, served = saved["channels"], saved["endpoints"], saved["served"]
+    # What has closed since comes first: its ports may have other holders.
+    broker.streams.end(served["streams"]["ended"])
+    for number in saved["dropped"]:
+        broker.drop(reader.channels.pop(number))
+    for number in endpoints.keys() & reader.endpoints.keys():
+        release_endpoint(reader.endpoints[number])
     restore_fabric(broker.fabric, saved)
-    channels, endpoints = saved["channels"], saved["endpoints"]
-    for number, one in endpoints.items():
-        reader.endpoints[number] = restore_endpoint(reader, one)
-    served = saved["served"]
+    _restore_endpoints(reader, endpoints)
     broker.streams.restore(reader, served["streams"])
-    for number, one in channels.items():
-        reader.channels[number] = _CHANNELS[one["class"]].restore(reader, one)
+    new = {number: one for number, one in channels.items() if number not in reader.channels}
+    _restore_channels(reader, new)
     broker.datagrams.restore(reader, saved["datagrams"])
     for number, one in saved["links"].items():
         reader.links[number] = _restore_link(reader, one, loop, broker)
-    for number, one in channels.items():
+    for number, one in new.items():
         reader.channels[number].restore_references(reader, one)
     broker.restore(reader, served, channels)
-    for number, one in endpoints.items():
-        if one["handle"] is not None:
-            reader.endpoints[number].handle = _restore_handle(reader, one["handle"])
+    for number, handle in reader.handles.items():
+        reader.endpoints[number].handle = _restore_handle(reader, handle)
+
+
+def _restore_endpoints(reader: Reader, saved: Numbered) -> None:
+    """Add endpoints, or set what has changed of them."""
+    for number, one in saved.items():
+        if number in reader.endpoints:
+            update_endpoint(reader.endpoints[number], one)
+        else:
+            reader.endpoints[number] = restore_endpoint(reader, one)
+        if one["handle"] is None:
+            reader.handles.pop(number, None)
+            reader.endpoints[number].handle = None
+        else:
+            reader.handles[number] = one["handle"]
+
+
+def _restore_channels(reader: Reader, saved: Numbered) -> None:
+    """Add channels, without their listeners and references."""
+    for number, one in saved.items():
+        reader.channels[number] = _CHANNELS[one["class"]].restore(reader, one)
 
 
 def _restore_link(reader: Reader, saved: Saved, loop: EventLoop, broker: Broker) -> HandoffLink:
@@ -194,6 +325,14 @@ def _restore_link(reader: Reader, saved: Saved, loop: EventLoop, broker: Broker)
 # The exchange
 
 
+class Part(NamedTuple):
+    """A part of the state, as it is sent."""
+
+    content: Saved
+    descriptors: list[int]  #: those that no part before has
+    is_last: bool
+
+
 class NotTakenOver(Exception):
     """A predecessor that serves again, instead of its successor."""
 
@@ -205,22 +344,20 @@ class Successor:
         self,
         loop: EventLoop,
         command: Sequence[str],
-        save_early: Callable[[], list[Any]],
-        hand_over: Callable[[], tuple[Saved, list[int]]],
+        save: Callable[[], Iterator[Part]],
         ended: Callable[[str], None],
     ) -> None:
-        """Start ``command``, whose last argument becomes the number of its socket.
+        """Start ``command``, which the number of its socket completes.
 
-        ``save_early`` is called when the successor is ready, and returns rows of streams;
-        ``hand_over`` is called when the successor has read them, and returns the state and the
-        descriptors.  ``ended`` is called at the end: with "", if the process has taken over, else
-        with the reason why not.
+        ``save`` is called when the successor is ready.  It yields the parts of the state, the next
+        one whenever the successor has restored one, and the rest last.  ``ended`` is called at the
+        end: with "", if the process has taken over, else with the reason why not.
 
         Raises OSError when it cannot be started.
         """
         self._loop = loop
-        self._save_early = save_early
-        self._hand_over = hand_over
+        self._save = save
+        self._parts: Iterator[Part] = iter(())
         self._ended = ended
         self._sock, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         try:
@@ -244,17 +381,23 @@ class Successor:
             if not words:
                 self._end("it has ended; see its messages")
             elif words == [b"ready", b"%d" % FORMAT]:
-                _send_file(self._sock, b"rows", self._save_early())
-            elif words != [b"read"]:
-                self._end(f"it expects another format of the state: {words!r}")
+                self._parts = self._save()
+                self._send_next()
+            elif words == [b"next"]:
+                self._send_next()
             else:
-                _send(self._sock, *self._hand_over())
-                taken = self._sock.recv(64)
-                self._end("" if taken == b"taken" else "it has failed to take over")
+                self._end(f"it expects another format of the state: {words!r}")
         except OSError as error:
             self._end(f"it has failed to take over: {error}")
         finally:
             gc.enable()
+
+    def _send_next(self) -> None:
+        part = next(self._parts)
+        _send(self._sock, part)
+        if part.is_last:
+            taken = self._sock.recv(64)
+            self._end("" if taken == b"taken" else "it has failed to take over")
 
     def _end(self, reason: str) -> None:
         self._timer.cancel()
@@ -283,16 +426,33 @@ class Successor:
         self._sock.close()
 
 
-def _send_file(sock: socket.socket, message: bytes, content: Saved | list[Any]) -> None:
-    """Send a message with a memory file that has ``content``."""
+def _send(sock: socket.socket, part: Part) -> None:
+    """Send a part: a message with a memory file, and then the descriptors."""
+    content, descriptors, is_last = part
     file = os.memfd_create("vsockd-state", os.MFD_CLOEXEC)
     try:
         with open(file, "wb", closefd=False) as opened:
             opened.write(marshal.dumps(content, _MARSHAL))
         os.lseek(file, 0, os.SEEK_SET)  # the successor gets this very file
-        socket.send_fds(sock, [message], [file])
+        socket.send_fds(sock, [b"%d %d" % (len(descriptors), is_last)], [file])
     finally:
         os.close(file)
+    for first in range(0, len(descriptors), _DESCRIPTORS_MAX):
+        _send_descriptors(sock, descriptors[first : first + _DESCRIPTORS_MAX])
+
+
+def _send_descriptors(sock: socket.socket, descriptors: list[int]) -> None:
+    rights = array.array("i", descriptors)
+    for _ in range(int(_RESTORE_SECONDS * 1000)):
+        with contextlib.suppress(BlockingIOError):
+            try:
+                sock.sendmsg([b"d"], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, rights)])
+                return
+            except OSError as error:
+                if error.errno != errno.ETOOMANYREFS:
+                    raise
+        time.sleep(0.001)  # until the successor has received some
+    raise TimeoutError("the successor does not receive descriptors")
 
 
 def _receive_file(sock: socket.socket) -> tuple[bytes, Any]:
@@ -308,30 +468,15 @@ def _receive_file(sock: socket.socket) -> tuple[bytes, Any]:
             raise OSError(errno.EBADMSG, f"the predecessor's state: {error}") from None
 
 
-def _send(sock: socket.socket, state: Saved, descriptors: list[int]) -> None:
-    """Send the state, and then the descriptors."""
-    _send_file(sock, b"%d" % len(descriptors), state)
-    for first in range(0, len(descriptors), _DESCRIPTORS_MAX):
-        rights = array.array("i", descriptors[first : first + _DESCRIPTORS_MAX])
-        for _ in range(int(_RESTORE_SECONDS * 1000)):
-            with contextlib.suppress(BlockingIOError):
-                try:
-                    sock.sendmsg([b"d"], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, rights)])
-                    break
-                except OSError as error:
-                    if error.errno != errno.ETOOMANYREFS:
-                        raise
-            time.sleep(0.001)  # until the successor has received some
-        else:
-            raise TimeoutError("the successor does not receive descriptors")
-
-
 class Predecessor:
     """The vsockd that hands over, as its successor sees it."""
 
-    def __init__(self, fd: int) -> None:
-        """Take ownership of ``fd``, this process's end of the socket to the predecessor."""
-        self.early: list[Any] = []  #: rows of streams, sent before the state
+    def __init__(self, fd: int, format_: int) -> None:
+        """Take ownership of ``fd``, this process's end of the socket to the predecessor.
+
+        ``format_`` is the format of the predecessor's state.
+        """
+        self._format = min(format_, FORMAT)
         self.state: Saved = {}
         self.descriptors: list[int] = []
         self.reader: Reader | None = None  #: set when the state is restored
@@ -340,23 +485,39 @@ class Predecessor:
         signal.pthread_sigmask(signal.SIG_BLOCK, FORWARDED)  # until vsockd handles them
         self._sock.settimeout(_RESTORE_SECONDS)
 
-    def receive(self) -> None:
+    def receive(self, restore: Callable[[Saved], None]) -> None:
         """Report that this process is ready; receive the predecessor's state and descriptors.
+
+        ``restore`` is called with each part that comes while the predecessor serves.
 
         Raises OSError when the predecessor does not hand over.
         """
         gc.disable()  # all that is made now stays; the caller enables it again
-        self._sock.send(b"ready %d" % FORMAT)
-        _, self.early = _receive_file(self._sock)
-        self._sock.send(b"read")
-        number, self.state = _receive_file(self._sock)
-        while len(self.descriptors) < int(number):
-            data, came, _, _ = socket.recv_fds(self._sock, 1, _DESCRIPTORS_MAX)
+        self._sock.send(b"ready %d" % self._format)
+        if self._format == earlier_format.FORMAT:
+            _, rows = _receive_file(self._sock)
+            self._sock.send(b"read")
+            self._receive_part()
+            earlier_format.convert(self.state, rows)
+            return
+        while not self._receive_part():
+            restore(self.state)
+            self._sock.send(b"next")
+
+    def _receive_part(self) -> bool:
+        """Receive a part of the state with its descriptors; return whether it is the last."""
+        message, self.state = _receive_file(self._sock)
+        number, *is_last = map(int, message.split())
+        number += len(self.descriptors)
+        while len(self.descriptors) < number:
+            data, ancillary, _, _ = self._sock.recvmsg(
+                1, socket.CMSG_LEN(_DESCRIPTORS_MAX * _FD_BYTES), socket.MSG_CMSG_CLOEXEC
+            )
             if not data:
                 raise ConnectionResetError("the predecessor has ended")
-            for fd in came:
-                os.set_inheritable(fd, False)
-            self.descriptors += came
+            for _, _, rights in ancillary:
+                self.descriptors += array.array("i", rights)
+        return is_last == [True]
 
     def confirm(self) -> None:
         """Report that all was restored; return when the predecessor has stopped serving.

@@ -11,9 +11,8 @@ import resource
 import signal
 import struct
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 from .. import logs
 from .._linux.libc import check, libc
@@ -48,11 +47,14 @@ from .limits import DAEMON_SLOW_CALL_SECONDS
 from .recovery import Killed, recover_pending
 from .succession import (
     FORWARDED,
+    Part,
     Predecessor,
     Successor,
     adopt_orphans,
     restore_broker,
+    restore_early,
     save_broker,
+    save_early,
     save_handle,
 )
 
@@ -134,7 +136,7 @@ class Vsockd:
         the folder cannot be used.
         """
         self._configuration = start.configuration
-        self._settings = settings = self._receive(predecessor)
+        self._settings = settings = self._read_settings(predecessor)
         self.folder = folder.absolute()
         self._watch: FolderWatch | None = None
         self._is_lost = False
@@ -147,6 +149,17 @@ class Vsockd:
         self.is_replaced = False  #: whether a successor serves instead
         self.is_stopping = False  #: whether vsockd, or its successor, is to end
         self._lifeline: int | None = None
+        _raise_descriptor_limit()
+        self.loop = EventLoop()
+        self.events = Events()
+        self.fabric = Fabric(os.geteuid())
+        self.fabric.settings = settings
+        audit = Audit(self.events, settings.audit_rate)
+        self.broker = Broker(self.loop, self.fabric, audit, in_flight)
+        if predecessor is not None:
+            self._reader = predecessor.reader = Reader(self.fabric, predecessor.descriptors)
+        if isinstance(predecessor, Predecessor):
+            predecessor.receive(lambda part: restore_early(self._reader, part, self.broker))
         if predecessor is None:
             self._held = held = self._open_folder(start)
         else:
@@ -160,13 +173,6 @@ class Vsockd:
         self._trash = Trash(private / TRASH)
         if predecessor is None:
             _clean(held, self._trash)
-        _raise_descriptor_limit()
-        self.loop = EventLoop()
-        self.events = Events()
-        self.fabric = Fabric(os.geteuid())
-        self.fabric.settings = settings
-        audit = Audit(self.events, settings.audit_rate)
-        self.broker = Broker(self.loop, self.fabric, audit, in_flight)
         self._isolated = IsolatedGuests(private / ISOLATED)
         self.contexts = ContextManager(
             *(self.folder, held, self._trash, self.loop, self.fabric, self.broker),
@@ -189,16 +195,13 @@ class Vsockd:
         self.contexts.configure(settings)
         self._control = ControlSocket(self.loop, handlers, self.folder / CONTROL)
 
-    def _receive(self, predecessor: Predecessor | Killed | None) -> Settings:
-        """Receive the predecessor's state; return the settings."""
+    def _read_settings(self, predecessor: Predecessor | Killed | None) -> Settings:
+        """Return the settings of the configuration, or those of a vsockd that was killed."""
         if isinstance(predecessor, Killed):  # the configuration may have become invalid
             predecessor.receive()
             settings: Settings = pickle.loads(predecessor.state["settings"])
             return settings
-        settings = load(self._configuration)
-        if predecessor is not None:
-            predecessor.receive()
-        return settings
+        return load(self._configuration)
 
     def _open_folder(self, start: Start) -> Path:
         """Lock the state folder and record the start; return a path to the folder.
@@ -228,9 +231,7 @@ class Vsockd:
         self, predecessor: Predecessor | Killed, handlers: ControlHandlers
     ) -> ControlSocket:
         """Restore what the predecessor has saved, without serving yet."""
-        state = predecessor.state
-        arguments = self.fabric, predecessor.descriptors, predecessor.early
-        reader = predecessor.reader = Reader(*arguments)
+        state, reader = predecessor.state, self._reader
         restore_broker(reader, state, self.loop, self.broker)
         # Guests of this vsockd, not of one that has crashed.
         self._isolated.before.difference_update(one.cid for one in self.fabric.contexts)
@@ -414,19 +415,18 @@ class Vsockd:
         Raises OSError when the successor cannot be started.
         """
         if self._successor is None:
-            steps = self._save_early, self._save, self._on_succession
+            steps = self._save, self._on_succession
             self._successor = Successor(self.loop, self._command, *steps)
         self._replacing.append(failed)
 
-    def _save_early(self) -> list[Any]:
-        self._writer = Writer(self.fabric)
-        return self.broker.streams.save_early(self._writer)
-
-    def _save(self) -> tuple[Saved, list[int]]:
-        writer = self._writer
+    def _save(self) -> Iterator[Part]:
+        """Yield the parts of the state."""
+        writer = Writer(self.fabric)
+        for part in save_early(writer, self.broker):
+            yield Part(part, writer.take_descriptors(), False)
         writer.find_parties(self.fabric)
         state = self._save_with(writer) | {"is_held": self._in_flight is not None}
-        return state, writer.descriptors
+        yield Part(state, writer.take_descriptors(), True)
 
     def _save_with(self, writer: Writer) -> Saved:
         lifeline = None if self._lifeline is None else writer.descriptor(self._lifeline)
