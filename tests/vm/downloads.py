@@ -26,6 +26,7 @@ __all__ = [
     "kernel",
     "minimal_modules",
     "qemu",
+    "qemu_agent",
     "rabbitmq",
     "rust_back_end",
     "rust_libraries",
@@ -216,6 +217,20 @@ def http2_proxy() -> tuple[list[str], list[str]]:
     return nghttpx, tinyproxy
 
 
+def qemu_agent() -> tuple[str, ...]:
+    """Return the command of Debian's qemu-ga."""
+
+    def fill(folder: Path) -> None:
+        libraries = ("libglib2.0-0", "liburing2", "libudev1", "libnuma1", "libpcre2-8-0")
+        _STABLE.unpack(folder, "qemu-guest-agent", *libraries)
+
+    root = cached("qemu-agent", fill)
+    libraries = f"LD_LIBRARY_PATH={root / 'usr/lib/x86_64-linux-gnu'}"
+    command = ("env", libraries, str(root / "usr/sbin/qemu-ga"))
+    run(*command, "--version")
+    return command
+
+
 #: mdlayher/vsock with what its own tests import.
 _GO = (
     *("golang-github-mdlayher-vsock-dev", "golang-github-mdlayher-socket-dev"),
@@ -327,6 +342,7 @@ def main() -> None:
         "Go libraries": go_libraries,
         "Rust libraries": rust_libraries,
         "systemd-notify": systemd_notify,
+        "qemu-ga": qemu_agent,
     }
     for name, fetch in everything.items():
         began = time.monotonic()

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import errno
 import os
+import socket as stdlib
 import time
 from collections.abc import Callable, Collection
 from pathlib import Path
@@ -15,7 +17,9 @@ from ..attachment import Attachment, ContextHandle, assigned, current
 from ..control import Control
 from ..eventloop.retry import Backoff
 from ..model.constants import VMADDR_CID_HOST
+from ..model.locator import Locator
 from ..state_folder import default_folder, require_private
+from .errors import CONNECT, CliError, cli_error
 
 #: Seconds to retry while another process is starting vsockd.
 _PATIENCE = 10.0
@@ -115,3 +119,35 @@ def keep_trying(
             if error.errno not in errnos or late:
                 raise
         time.sleep(backoff.next_pause())
+
+
+def cid_of_name(name: str) -> int:
+    """Return the CID of the only context with a name, in any case, as ssh has it in lower case.
+
+    Raises CliError if none or several have it.
+    """
+    with administrator() as control:
+        found = [row["cid"] for row in control.contexts() if row["name"].lower() == name.lower()]
+    if len(found) != 1:
+        problem = "no context has" if not found else f"contexts {', '.join(map(str, found))} have"
+        raise CliError(f"{name}: {problem} this name (see: vsock context ls)")
+    return int(found[0])
+
+
+def connected(target: Locator, timeout: float) -> stdlib.socket:
+    """Return a blocking socket that is connected to ``target``, from :func:`own_context`.
+
+    Raises CliError.
+    """
+    from ..forward.dialer import Dialer
+
+    async def connect() -> stdlib.socket:
+        return await Dialer(own_context()).connect(target, timeout=timeout)
+
+    try:
+        sock = asyncio.run(connect())
+    except OSError as error:
+        meanings = CONNECT | {errno.ENODEV: f"vsockd is not running ({error.strerror})"}
+        raise cli_error(f"connect to {target}", error, meanings) from None
+    sock.setblocking(True)
+    return sock

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
-import errno
 import os
 import socket as stdlib
 import stat
@@ -13,8 +11,8 @@ import click
 
 from ..model.constants import VMADDR_CID_ANY
 from ..model.locator import Locator, Vsock, parse_locator
-from .connect import administrator, own_context
-from .errors import CONNECT, CliError, cli_error
+from .connect import cid_of_name, connected
+from .errors import CliError
 from .groups import command
 from .options import argument, read_port
 
@@ -53,7 +51,7 @@ def ssh_proxy(host: str | None, port: int | None, config: bool) -> None:
     if not stat.S_ISSOCK(os.fstat(STDOUT).st_mode):
         raise CliError("standard output is not a socket (expected: called by ssh, ProxyUseFdpass)")
     target = _target(host, 22 if port is None else port)
-    with _connected(target) as sock, stdlib.socket(fileno=os.dup(STDOUT)) as ssh:
+    with connected(target, _TIMEOUT) as sock, stdlib.socket(fileno=os.dup(STDOUT)) as ssh:
         stdlib.send_fds(ssh, [b"\0"], [sock.fileno()])
 
 
@@ -76,29 +74,4 @@ def _target(host: str, port: int) -> Locator:
     if not host.removesuffix(SUFFIX) or not host.endswith(SUFFIX):
         expected = f"expected vsock/CID, vsock-mux/PATH or NAME{SUFFIX}"
         raise click.UsageError(f"HOST {host}: {expected}")
-    return Vsock(_cid_of(host.removesuffix(SUFFIX)), port)
-
-
-def _cid_of(name: str) -> int:
-    """Return the CID of the only context with a name; ssh's host names are in lower case."""
-    with administrator() as control:
-        found = [row["cid"] for row in control.contexts() if row["name"].lower() == name.lower()]
-    if len(found) != 1:
-        problem = "no context has" if not found else f"contexts {', '.join(map(str, found))} have"
-        raise CliError(f"{name}: {problem} this name (see: vsock context ls)")
-    return int(found[0])
-
-
-def _connected(target: Locator) -> stdlib.socket:
-    from ..forward.dialer import Dialer
-
-    async def connect() -> stdlib.socket:
-        return await Dialer(own_context()).connect(target, timeout=_TIMEOUT)
-
-    try:
-        sock = asyncio.run(connect())
-    except OSError as error:
-        meanings = CONNECT | {errno.ENODEV: f"vsockd is not running ({error.strerror})"}
-        raise cli_error(f"connect to {target}", error, meanings) from None
-    sock.setblocking(True)
-    return sock
+    return Vsock(cid_of_name(host.removesuffix(SUFFIX)), port)

@@ -2,22 +2,29 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import os
 import re
 import shlex
-from collections.abc import Callable
+import sys
+import tempfile
+from collections.abc import Callable, Iterable, Iterator
 from enum import StrEnum
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import click
 
 from ..guestrpc.client import request
 from ..limits import NAME_MAX_CHARACTERS
+from ..model.address import parse_cid
+from ..model.locator import Vsock
 from ..state_folder import default_folder
 from ..vm.hardware import translate
+from ..vm.limits import VM_AGENT_CHUNK_BYTES, VM_AGENT_REPLY_SECONDS, VM_COPY_MAX_MIB
+from ..vm.qemu_agent import AGENT_PORT, AgentFailed, QemuAgent
 from ..vm.qemu_args import (
     FORMATS,
     PROGRAM,
@@ -29,7 +36,7 @@ from ..vm.qemu_args import (
 )
 from ..vmware import VmxError, read_vmx
 from . import guestinfo
-from .connect import administrator
+from .connect import administrator, cid_of_name, connected
 from .errors import CliError
 from .groups import group
 from .options import (
@@ -40,10 +47,11 @@ from .options import (
     members,
     parser_of,
     path_option,
+    read_port,
     seconds_option,
 )
-from .output import notice
-from .run import context_of
+from .output import complain, notice
+from .run import context_of, program_argument
 
 
 class Device(StrEnum):
@@ -351,6 +359,127 @@ def demo(device: Device, accel: Accelerator, folder: Path | None, as_json: bool)
     from .demo.vm import show
 
     show(device, accel, folder, as_json)
+
+
+_agent_port_option = click.option(
+    "--port",
+    type=read_port,
+    default=str(AGENT_PORT),
+    metavar="PORT",
+    help="Port at which the guest's qemu-ga listens.",
+)
+
+
+@vm.command("exec", context_settings={"allow_interspersed_args": False})
+@argument("guest", metavar="GUEST", help="Guest: its CID, or its context's name.")
+@program_argument("PROGRAM")
+@_agent_port_option
+@click.option(
+    "-i", "--stdin", "has_input", is_flag=True, help="Send all of standard input to the program."
+)
+def exec_(guest: str, program: tuple[str, ...], port: int, has_input: bool) -> None:
+    """Run a program in a guest, by QEMU's guest agent (docs/vm.md).
+
+    Its output is shown when it ends, up to 16 MiB; the exit status is the program's.
+    """
+    command = list(program[program[0] == "--" :])
+    if not command:
+        raise click.UsageError("expected a PROGRAM after --")
+    given = sys.stdin.buffer.read() if has_input else b""
+    with _agent(guest, port) as agent:
+        done = agent.run(command, given)
+    sys.stdout.buffer.write(done.output)
+    sys.stdout.buffer.flush()
+    sys.stderr.buffer.write(done.errors)
+    sys.stderr.buffer.flush()
+    if done.is_cut:
+        complain("the guest agent has not kept all of the output (it keeps 16 MiB)")
+    raise click.exceptions.Exit(done.status)
+
+
+@vm.command("copy")
+@argument("source", metavar="SOURCE", help="File here, or GUEST:PATH.")
+@argument("destination", metavar="DESTINATION", help="File or folder here, or GUEST:PATH.")
+@_agent_port_option
+@click.option(
+    "--limit",
+    type=_read_memory,
+    metavar="SIZE",
+    help="Largest file to copy from a guest, in MiB or as in 2G. Default: 1G.",
+)
+def copy(source: str, destination: str, port: int, limit: int | None) -> None:
+    """Copy a file into a guest or out of it, by QEMU's guest agent (docs/vm.md).
+
+    GUEST is a CID or a context's name.  A file here whose name has a colon is given as ./NAME.
+    """
+    inside, outside = _in_guest(source), _in_guest(destination)
+    if inside is not None and outside is None:
+        _copy_out(*inside, Path(destination), port, (limit or VM_COPY_MAX_MIB) << 20)
+    elif outside is not None and inside is None:
+        _copy_in(Path(source), *outside, port)
+    else:
+        raise click.UsageError("expected one of SOURCE and DESTINATION as GUEST:PATH")
+
+
+def _copy_out(guest: str, path: str, destination: Path, port: int, limit: int) -> None:
+    """Copy a file to ``destination``, which is replaced once all of it has arrived."""
+    if destination.is_dir():
+        destination /= PurePosixPath(path).name
+    destination = destination.resolve()
+    with _agent(guest, port) as agent:
+        chunks = agent.read_file(path, limit)
+        try:
+            if destination.exists() and not destination.is_file():  # a device or a pipe
+                _write(destination, chunks)
+                return
+            fd, new = tempfile.mkstemp(prefix=".vsock-", dir=destination.parent)
+            os.close(fd)
+            try:
+                _write(Path(new), chunks)
+                os.chmod(new, 0o666 & ~_umask())
+                os.replace(new, destination)
+            except BaseException:
+                os.unlink(new)
+                raise
+        except OSError as error:
+            raise CliError(f"{destination}: {error.strerror or error}") from None
+
+
+def _write(path: Path, chunks: Iterable[bytes]) -> None:
+    with path.open("wb") as file:
+        file.writelines(chunks)
+
+
+def _umask() -> int:
+    mask = os.umask(0o077)
+    os.umask(mask)
+    return mask
+
+
+def _copy_in(source: Path, guest: str, path: str, port: int) -> None:
+    try:
+        with source.open("rb") as file, _agent(guest, port) as agent:
+            agent.write_file(path, iter(functools.partial(file.read, VM_AGENT_CHUNK_BYTES), b""))
+    except OSError as error:
+        raise CliError(f"{source}: {error.strerror or error}") from None
+
+
+def _in_guest(text: str) -> tuple[str, str] | None:
+    """Return guest and path of GUEST:PATH; None for a file here."""
+    guest, colon, path = text.partition(":")
+    return (guest, path) if colon and guest and path and "/" not in guest else None
+
+
+@contextlib.contextmanager
+def _agent(guest: str, port: int) -> Iterator[QemuAgent]:
+    """Yield a connection to a guest's agent.  Raises CliError."""
+    cid = parse_cid(guest) if guest.isdecimal() else cid_of_name(guest)
+    sock = connected(Vsock(cid, port), VM_AGENT_REPLY_SECONDS)
+    try:
+        with QemuAgent(sock) as agent:
+            yield agent
+    except AgentFailed as error:
+        raise CliError(f"guest {guest}: {error}") from None
 
 
 def _machine(
