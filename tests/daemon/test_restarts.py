@@ -83,6 +83,17 @@ def test_streams_that_ended_before_have_ended(fabric: PrivateFabric, guest: Atta
         vsockets.create_server((guest.cid, port), context=guest).close()
 
 
+def test_killed_after_it_was_replaced(fabric: PrivateFabric) -> None:
+    """The journal of a successor begins with parts, written while its predecessor served."""
+
+    def change() -> None:
+        fabric.control.replace()
+        kill(fabric)
+
+    check_streams_listeners_and_ports(fabric, change, "descriptors", "holder")
+    check_datagram_sockets_and_routes(fabric, change)
+
+
 def test_a_supervised_server_stays(fabric: PrivateFabric, guest: Attachment) -> None:
     program = """
 import socket, sys

@@ -1,6 +1,7 @@
 """The journal: what vsockd has, in memory that outlives vsockd.
 
-It begins with everything, in the form of :mod:`.handover`.  Each entry after that has what one
+It begins with everything, in the form of :mod:`.handover`; that of a successor with parts that it
+saves while its predecessor serves.  Each entry after that has what one
 request, or one other event, has changed: rows ``(table, number, row)``, with None for a row that
 was removed.  An entry is written before the reply to the request is sent, with what is left to do
 for the request (:mod:`.in_flight`).  When the entries take more space than the beginning, a new
@@ -179,7 +180,12 @@ class Journal:
         self._links: dict[KeptLink, None] = {}
         self._changes: list[Change] = []
         self._ended: list[int] = []
+        self._parts: list[bytes] = []  # of the beginning
         self.writer = Writer(fabric, lasting=True)
+
+    def prepare(self, save_early: Callable[[Writer], Iterator[Saved]]) -> None:
+        """Save parts of the beginning (:func:`.succession.save_early`) before :meth:`begin`."""
+        self._parts = [marshal.dumps(part) for part in save_early(self.writer)]
 
     def begin(self, left: Left | None = None, serial: int = 0) -> None:
         """Begin a new journal with everything that vsockd has now, instead of the old one.
@@ -187,8 +193,11 @@ class Journal:
         ``left`` is what the vsockd before has left to do, and ``serial`` the number of its entry.
         """
         self._serial = max(self._serial, serial)
-        self.writer = writer = Writer(self._fabric, lasting=True)
-        content = marshal.dumps((self._save(writer), left, serial))
+        if not self._parts:
+            self.writer = Writer(self._fabric, lasting=True)
+        state = self._save(self.writer) | {"parts": self._parts}
+        content = marshal.dumps((state, left, serial))
+        self._parts = []
         before = self._log
         self._limit = 2 * len(content) + DAEMON_JOURNAL_LEAST_BYTES
         log = self._log = Log(self._limit + _HEADER.size)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import _socket
 import logging
+import marshal
 import os
 import socket
 from collections.abc import Sequence
@@ -69,6 +70,7 @@ class Killed:
         journal = self.descriptors[memory.journal]
         entries = read_entries(journal)
         self.state, left, serial = next(entries)
+        _merge_parts(self.state)
         last = serial
         state = _Tables(self.state)
         for entry in entries:
@@ -204,6 +206,34 @@ class Killed:
     def orphans(self) -> list[int]:
         """Return the descriptors of the killed vsockd that the journal does not name."""
         return sorted(self.descriptors.present - self.descriptors.named - self._kept)
+
+
+def _merge_parts(state: Saved) -> None:
+    """Add the parts of the journal's beginning that were saved before the rest."""
+    streams = state["served"]["streams"]
+    contexts: dict[int, Saved] = {}
+    channels: dict[int, Saved] = {}
+    endpoints: dict[int, Saved] = {}
+    connections: dict[int, Any] = {}
+    for part in map(marshal.loads, state.pop("parts")):
+        contexts |= {one["cid"]: one for one in part["contexts"]}
+        channels |= part["channels"]
+        endpoints |= part["endpoints"]
+        connections |= {row[0]: row for row in part["connections"]}
+    for rows, removed in (
+        (contexts, state["removed"]),
+        (channels, state["dropped"]),
+        (connections, streams["ended"]),
+    ):
+        while removed:
+            del rows[removed.pop()]
+    contexts |= {one["cid"]: one for one in state["contexts"]}
+    connections |= {row[0]: row for row in streams["connections"]}
+    state["contexts"], streams["connections"] = list(contexts.values()), list(connections.values())
+    state["channels"], state["endpoints"] = (
+        channels | state["channels"],
+        endpoints | state["endpoints"],
+    )
 
 
 _DATAGRAM_TABLES = ("receivers", "sockets", "routes", "draining")

@@ -101,6 +101,7 @@ class Group:
         self.numbers = set(saved["numbers"])
         self.registered = saved["registered"]
         self.inodes = dict(saved["inodes"])
+        self.checks += 1
 
     def close(self) -> None:
         """Close the group's epoll."""

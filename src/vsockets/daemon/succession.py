@@ -129,6 +129,7 @@ def save_early(writer: Writer, broker: Broker) -> Iterator[Saved]:
     for streams in _batches(list(fabric.connections.values()), _STREAMS_PER_PART):
         writer.find_parties(fabric)
         yield _part(writer, connections=broker.streams.save_early(writer, streams))
+    yield _part(writer, is_last=True)
 
 
 def _is_plain(listener: Listener, channel: Channel) -> bool:
@@ -157,7 +158,7 @@ def _part(writer: Writer, **tables: Any) -> Saved:
     }
     known.update(endpoints)
     empty: Saved = {"contexts": [], "groups": {}, "channels": {}, "connections": []}
-    return empty | tables | {"endpoints": endpoints}
+    return empty | {"is_last": False} | tables | {"endpoints": endpoints}
 
 
 def save_broker(writer: Writer, broker: Broker) -> Saved:
@@ -207,11 +208,11 @@ def _save_references(writer: Writer) -> tuple[Numbered, Numbered, Numbered]:
         for channel, number in writer.channels.items()
         if number in early.channels and early.channels[number] == channel.version
     }
-    # Nothing changes of the endpoints of devices, and of closed listeners.
+    # Nothing changes of the endpoints of devices.
     fixed = {
         number
         for number, row in early.endpoints.items()
-        if row["handle"] is None or row["handle"][0] == "link" or row["handle"][1] in same
+        if (handle := row["handle"]) is not None and (handle[0] == "link" or handle[1] in same)
     }
     done = 0, 0, 0
     while done != (found := (len(writer.links), len(writer.channels), len(writer.endpoints))):
@@ -258,6 +259,10 @@ def restore_early(reader: Reader, part: Saved, broker: Broker) -> None:
     for number, one in part["channels"].items():
         broker.restore_channel(reader, reader.channels[number], one)
     broker.streams.restore_connections(reader, part["connections"])
+    for number in part["endpoints"].keys() & reader.handles.keys():
+        handle = reader.handles[number]
+        if handle[0] == "listener" and handle[1] in reader.channels:
+            reader.endpoints[number].handle = _restore_handle(reader, handle)
 
 
 def restore_broker(reader: Reader, saved: Saved, loop: EventLoop, broker: Broker) -> None:
@@ -273,6 +278,8 @@ def restore_broker(reader: Reader, saved: Saved, loop: EventLoop, broker: Broker
     _restore_endpoints(reader, endpoints)
     broker.streams.restore(reader, served["streams"])
     new = {number: one for number, one in channels.items() if number not in reader.channels}
+    for number in channels.keys() - new.keys():
+        reader.channels[number].requests += 1  # they have changed the channel
     _restore_channels(reader, new)
     broker.datagrams.restore(reader, saved["datagrams"])
     for number, one in saved["links"].items():

@@ -149,6 +149,7 @@ class Vsockd:
         self.is_replaced = False  #: whether a successor serves instead
         self.is_stopping = False  #: whether vsockd, or its successor, is to end
         self._lifeline: int | None = None
+        self._journal: Journal | None = None
         _raise_descriptor_limit()
         self.loop = EventLoop()
         self.events = Events()
@@ -159,7 +160,7 @@ class Vsockd:
         if predecessor is not None:
             self._reader = predecessor.reader = Reader(self.fabric, predecessor.descriptors)
         if isinstance(predecessor, Predecessor):
-            predecessor.receive(lambda part: restore_early(self._reader, part, self.broker))
+            predecessor.receive(self._restore_early)
         if predecessor is None:
             self._held = held = self._open_folder(start)
         else:
@@ -227,6 +228,13 @@ class Vsockd:
             self._lifeline = descriptors[state["lifeline"]]
         return Path(f"/proc/self/fd/{self._place}")
 
+    def _restore_early(self, part: Saved) -> None:
+        """Restore a part of the predecessor's state, which serves on."""
+        restore_early(self._reader, part, self.broker)
+        if part["is_last"] and self._in_flight is not None:
+            self._journal = self._new_journal(self._in_flight)
+            self._journal.prepare(lambda writer: save_early(writer, self.broker))
+
     def _restore(
         self, predecessor: Predecessor | Killed, handlers: ControlHandlers
     ) -> ControlSocket:
@@ -260,11 +268,12 @@ class Vsockd:
         if self._in_flight is None:
             return
         self._in_flight.memory.folder = self._place
-        journal = Journal(
-            self._in_flight, self.loop, self.fabric, self._save_for_journal, save_handle
-        )
+        journal = self._journal or self._new_journal(self._in_flight)
         journal.begin(left, serial)
         self.broker.keep_journal(journal)
+
+    def _new_journal(self, in_flight: InFlight) -> Journal:
+        return Journal(in_flight, self.loop, self.fabric, self._save_for_journal, save_handle)
 
     def _save_for_journal(self, writer: Writer) -> Saved:
         return {**self._save_with(writer), "settings": pickle.dumps(self.fabric.settings)}
