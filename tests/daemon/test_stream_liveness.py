@@ -166,6 +166,19 @@ def test_groups_without_streams_are_closed(stage: Stage) -> None:
     assert stage.look_at_all() == [7]
 
 
+def test_streams_end_before_their_group_is_closed(stage: Stage) -> None:
+    """The journal's rows of streams name the descriptor of the group, which may then be reused."""
+    before: list[list[int]] = []
+    stage.watch.before_close = lambda: before.append(stage.now_ended())
+    numbers = range(DAEMON_STREAMS_PER_GROUP)
+    stage.add(numbers)
+    stage.add(range(DAEMON_STREAMS_PER_GROUP, DAEMON_STREAMS_PER_GROUP + 1))
+    for number in numbers:
+        stage.accepting[number].close()
+    stage.look_at_all()
+    assert before == [list(numbers)]
+
+
 def test_groups_with_room_are_filled(stage: Stage) -> None:
     """Long-lived streams do not keep a group from having others."""
     stage.add(range(NUMBER))

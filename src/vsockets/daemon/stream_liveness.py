@@ -292,6 +292,8 @@ class StreamLiveness:
         found = group.alive()
         ended = [number for number in group.numbers if number not in found]
         group.numbers.difference_update(ended)
+        for number in ended:  # before the group is closed
+            self._end(number)
         group.checks += 1
         self._forget_inodes(group)
         group.inodes = {inode: number for number, inode in found.items()}
@@ -308,8 +310,6 @@ class StreamLiveness:
                 self._with_room[group] = None
             else:
                 self._close(group)
-        for number in ended:
-            self._end(number)
 
     def _forget_inodes(self, group: Group) -> None:
         for inode in group.inodes:
