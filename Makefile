@@ -8,7 +8,7 @@ export VSOCKETS_TRANSPORT = fabric
 # The tests start thousands of processes, each of which would compile what it imports.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo test test-replace soak simulate bench site debian-package exhaustion test-arm64 test-containers test-examples test-systemd test-walk test-recipes release clean test-downloads test-site test-pytest test-ordinary-user test-debian-13 test-ruff test-mypy
+.PHONY: demo test test-replace test-every-line soak simulate bench site debian-package exhaustion test-arm64 test-containers test-examples test-systemd test-walk test-recipes release clean test-downloads test-site test-pytest test-ordinary-user test-debian-13 test-ruff test-mypy
 
 # What a user needs, and no more.
 demo: .venv/usable
@@ -51,6 +51,10 @@ test-mypy:
 test-replace: .venv/ready
 	PYTHONPATH=tests $(BIN)/pytest -p replacing tests/library --deselect tests/library/test_full_backlog.py \
 		--deselect tests/library/test_datagram.py::test_more_peers_than_cached_routes
+
+# Requests of each kind while vsockd is killed at every line of its code in turn; five minutes.
+test-every-line: .venv/ready
+	VSOCKETS_TEST_KILLS=300 $(BIN)/pytest tests/daemon/test_killed_at_lines.py --timeout 600
 
 # vsockd is replaced a hundred times under ten thousand streams, and killed fifty times; three minutes.
 soak: .venv/ready

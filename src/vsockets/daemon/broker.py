@@ -26,9 +26,9 @@ from ..fabric import Connection, Context, Denied, Endpoint, EndpointKind, Fabric
 from ..limits import SEND_BUFFER_MAX_BYTES, STREAM_BUFFER_DEFAULT_BYTES
 from ..model.buffers import BufferSizes
 from ..model.constants import VMADDR_PORT_ANY
-from ..protocol import PADDING, Op, ProtocolError, Record, Request, RequestFlag, Role
+from ..protocol import Op, ProtocolError, Record, Request, RequestFlag, Role
 from .admin.audit import OPERATIONS, Audit
-from .channel import READ, SHORTAGE, Channel, Listener, consume, take_socket
+from .channel import SHORTAGE, Channel, Listener, consume, take_socket
 from .credentials import peer_credentials
 from .datagrams import Datagrams
 from .device_link import HandoffLink, capture
@@ -283,14 +283,23 @@ class Broker:
 
     def serve_kept(self, channel: Channel, hung_up: bool = False) -> None:
         """Serve a request on a channel that is kept, or its end."""
+        if self.in_flight is not None:
+            self.in_flight.begin(channel.sock.fileno())
+        self.continue_kept(channel, hung_up)
+
+    def continue_kept(self, channel: Channel, hung_up: bool = False) -> None:
+        """Serve a request as :meth:`serve_kept`, which a vsockd that was killed may have read."""
         try:
             # A client that has closed its connection may have left very many requests unread.
             data = b"" if hung_up else channel.read()
         except BlockingIOError:
-            return
-        journal = self.journal
-        if journal is not None:
-            journal.in_flight.begin(channel.sock.fileno())
+            data = None
+        if data is not None:
+            self._serve_read(channel, data)
+        if self.journal is not None:
+            self.journal.end_request()
+
+    def _serve_read(self, channel: Channel, data: bytes) -> None:
         self._end_silence(channel)
         channel.requests += 1
         if channel.requests % DAEMON_UNREAD_REPLIES_MAX == 0 and leaves_replies_unread(channel):
@@ -298,8 +307,6 @@ class Broker:
             data = b""
         if not (data and self._serve(channel, data)):
             self.drop(channel)
-        if journal is not None:
-            journal.end_request()
 
     def drop(self, channel: Channel) -> None:
         """Close a channel that is kept, and release its port."""
@@ -451,8 +458,7 @@ class Broker:
             self.journal.commit(("reply", channel.sock.fileno(), record, request.polling))
             was_read = False
         channel.send(record, self.in_flight)
-        stays = self.journal is not None or (channel.kind is _SEQPACKET and not was_read)
-        if stays or request.flags:
+        if request.flags or (channel.kind is _SEQPACKET and not was_read):
             consume(channel, request.polling)
 
     def _bind(self, channel: Channel, request: Request) -> bool:
@@ -624,7 +630,7 @@ class Broker:
             refuse_descriptors(sock)  # a stream refuses descriptors from its creation on
         # The reply goes first: once the listening program has the descriptor, it may write.
         channel.send(encode_connecting(connection), in_flight)
-        if flags or channel.kind is _SEQPACKET or in_flight is not None:
+        if flags or channel.kind is _SEQPACKET:
             consume(channel, flags & _POLLING != 0)
         channel.receive_credentials(False)
         if in_flight is not None and in_flight.is_done(_ANNOUNCE):
@@ -663,16 +669,12 @@ class Broker:
         target.expect(record, channel)
         if self.journal is not None:
             self.journal.pending(channel, connection, target, record)
-            if channel.kind is _STREAM:
-                consume(channel, False)  # the device reads the padding, and packets, itself
         try:
             target.hand_over(record, channel.sock, self.in_flight)
         except OSError as error:
             target.forget(record)
             if self.journal is not None:
                 self.journal.link(target)
-                if request.polling and channel.has_requests:
-                    channel.sock.recv(len(PADDING), READ)
             self._abandon(channel, connection)
             code = errno.ENOBUFS if error.errno in SHORTAGE else errno.ECONNRESET
             raise Refused(code, f"the device cannot be asked: {error.strerror}") from None

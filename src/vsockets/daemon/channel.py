@@ -80,10 +80,9 @@ class Channel(Peer):
     #: for a named socket: the channel that a CONNECT has moved its endpoint to
     moved: Channel | None = None
     watch: Group | None = None  # the group its socket was registered in when it was handed off
-    #: set for all channels of a vsockd with a journal; a request then stays in the socket until
-    #: it is served
+    #: set for all channels of a vsockd with a journal
     in_flight: ClassVar[InFlight | None] = None
-    #: whether its requests are in its socket, where they can stay
+    #: whether its requests are read from its socket
     has_requests: ClassVar[bool] = True
 
     def __init__(
@@ -103,12 +102,17 @@ class Channel(Peer):
         # The kernel drops descriptors in the message, since there is no space for them.
         # A message of a packet socket is peeked at: reading a part of it would discard the rest,
         # and with it the padding that blocks a polling sender.
-        how = PEEK if self.kind is _SEQPACKET or self.in_flight is not None else READ
+        author: tuple[int, ...] | None
         try:
-            data, came, _, _ = self.sock.recvmsg(REQUEST_SIZE, _AUTHOR, how)
+            if self.in_flight is not None and self.kind is _STREAM:
+                data, author = self.in_flight.read(self.sock)
+            else:
+                how = PEEK if self.kind is _SEQPACKET else READ
+                data, came, _, _ = self.sock.recvmsg(REQUEST_SIZE, _AUTHOR, how)
+                author = UCRED.unpack(came[0][2]) if came else None
         except ConnectionError:
             return b""
-        if came and (author := UCRED.unpack(came[0][2])) != self.credentials:
+        if author is not None and author != self.credentials:
             self.deputy = Deputy(self, Author(Credentials(*author)))
         elif self.deputy is not None:
             self.deputy = None
@@ -406,12 +410,11 @@ def consume(channel: Channel, polling: bool) -> None:
             else:
                 in_flight.consume(channel.sock, 1)
             _note_duration(channel.party, begin)
-        elif in_flight is not None:
-            if channel.has_requests:
-                size = REQUEST_SIZE + len(PADDING) if polling else REQUEST_SIZE
-                in_flight.consume(channel.sock, size)
         elif polling:  # request and padding were one write, so the padding has arrived
-            channel.sock.recv(len(PADDING), READ)
+            if in_flight is None:
+                channel.sock.recv(len(PADDING), READ)
+            elif channel.has_requests:
+                in_flight.consume(channel.sock, len(PADDING))
     except (BlockingIOError, ConnectionError):
         pass  # nothing is unread, as after a request with a descriptor, or the client has closed
 

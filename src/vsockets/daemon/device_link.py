@@ -377,8 +377,11 @@ class DeviceChannel(Channel):
     def read(self) -> bytes:
         """Return the next request, without its writer's credentials, which give it no rights."""
         try:
-            stays = self.kind is EndpointKind.SEQPACKET or self.in_flight is not None
-            return self.sock.recv(REQUEST_SIZE, PEEK if stays else READ)
+            if self.kind is EndpointKind.SEQPACKET:
+                return self.sock.recv(REQUEST_SIZE, PEEK)
+            if self.in_flight is not None:
+                return self.in_flight.read(self.sock)[0]
+            return self.sock.recv(REQUEST_SIZE, READ)
         except ConnectionError:
             return b""
 

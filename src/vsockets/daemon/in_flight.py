@@ -7,13 +7,17 @@ because the process may be killed before it.  But sendmmsg(2) and recvmmsg(2) th
 memory how many bytes they have moved.  That memory is shared here by vsockd and the process that
 starts it again (:mod:`.holder`).
 
-A request is served in these steps.  Its bytes stay in the client's socket until it is served::
+A request is served in these steps::
 
     begin or accept     this memory: the channel, no step done
-    (peek, decide)      nothing is visible outside yet: the next vsockd serves the request again
+    READ                the request's bytes and its author are in this memory
+    (decide)            nothing is visible outside yet: the next vsockd serves the request again
     commit              the journal: what has changed, and what is left to do (journal.py)
     REPLY, CONSUME, ANNOUNCE    each is done once
     end
+
+A request on a packet socket, which may have a descriptor, is peeked at instead and stays in the
+socket until CONSUME.
 """
 
 from __future__ import annotations
@@ -25,17 +29,24 @@ import struct
 from collections.abc import Callable
 from enum import IntEnum
 from socket import CMSG_LEN, CMSG_SPACE, MSG_DONTWAIT, MSG_NOSIGNAL, SCM_RIGHTS, SOL_SOCKET
+from typing import NamedTuple
 
 from .._linux.libc import last_error
-from ..protocol import PADDING, REQUEST_SIZE
+from ..protocol import PADDING, REQUEST_SIZE, Request
+from .credentials import UCRED
 
 _library = ctypes.PyDLL(None, use_errno=True)  # neither call blocks, so the GIL is kept
 _sendmmsg, _recvmmsg = _library.sendmmsg, _library.recvmmsg
 _SEND, _RECEIVE = int(MSG_DONTWAIT | MSG_NOSIGNAL), int(MSG_DONTWAIT)
 _FD = struct.Struct("i")
-#: A control message with one descriptor: its length, level, type, and the descriptor.
-_RIGHTS = struct.Struct("Niii0N")
-_RIGHTS_START = CMSG_LEN(_FD.size), int(SOL_SOCKET), int(SCM_RIGHTS)
+#: The head of a control message: its length, level and type.
+_CONTROL = struct.Struct("Nii")
+_RIGHTS = CMSG_LEN(_FD.size), int(SOL_SOCKET), int(SCM_RIGHTS)
+_RIGHTS_SPACE = CMSG_SPACE(_FD.size)
+#: A control message with credentials.
+_AUTHOR = struct.Struct("Nii" + UCRED.format)
+#: Space for it, and for nothing else.
+_AUTHOR_SPACE = CMSG_LEN(UCRED.size)
 
 
 class _Vector(ctypes.Structure):
@@ -68,12 +79,13 @@ class Step(IntEnum):
     REPLY = 0
     CONSUME = 1
     ANNOUNCE = 2
+    READ = 3
     #: not of a request: the last message to the vsockd that replaces this one
-    HAND_OVER = 3
+    HAND_OVER = 4
 
 
 _STEPS = len(Step)
-_CONSUME = Step.CONSUME
+_CONSUME, _READ = Step.CONSUME, Step.READ
 #: The longest message of a step.
 IN_FLIGHT_MAX_BYTES = 16_384
 assert REQUEST_SIZE + len(PADDING) <= IN_FLIGHT_MAX_BYTES
@@ -89,7 +101,13 @@ class _Request(ctypes.Structure):
         ("kind", ctypes.c_uint32),
         ("committed", ctypes.c_uint64),
         ("messages", _Message * Step.HAND_OVER),
+        ("author", ctypes.c_char * _AUTHOR.size),
     )
+
+
+_FD_AT, _COMMITTED_AT = _Request.fd.offset, _Request.committed.offset
+_AUTHOR_AT = _Request.author.offset
+_SERIAL = struct.Struct("Q")
 
 
 class _Memory(ctypes.Structure):
@@ -100,9 +118,20 @@ class _Memory(ctypes.Structure):
         ("journal", ctypes.c_int32),
         ("folder", ctypes.c_int32),
         ("vectors", _Vector * _STEPS),
-        ("controls", (ctypes.c_char * CMSG_SPACE(_FD.size)) * _STEPS),
+        ("controls", (ctypes.c_char * _RIGHTS_SPACE) * _STEPS),
         ("records", (ctypes.c_char * IN_FLIGHT_MAX_BYTES) * _STEPS),
     )
+
+
+class _Call(NamedTuple):
+    """The system call of a step: its message, and where in the memory its parts are."""
+
+    message: _Message
+    header: _Header
+    vector: _Vector
+    argument: object  #: a pointer to the message
+    record: int  #: offset of the data
+    descriptor: int  #: offset of the descriptor that is sent
 
 
 class InFlight:
@@ -117,19 +146,22 @@ class InFlight:
         start = ctypes.addressof(memory)
         request = memory.request
         request.fd = -1
-        self._messages = [*request.messages, memory.hand_over]
-        self._vectors = [memory.vectors[step] for step in Step]
-        self._addresses = [ctypes.c_void_p(ctypes.addressof(one)) for one in self._messages]
-        self._records = []
-        self._controls = []
+        self._calls = []
         for step in Step:
-            record, control = memory.records[step], memory.controls[step]
-            self._records.append(ctypes.addressof(record) - start)
-            self._controls.append(ctypes.addressof(control) - start)
-            self._vectors[step].base = ctypes.addressof(record)
-            header = self._messages[step].header
-            header.iov, header.iovlen = ctypes.addressof(self._vectors[step]), 1
-            header.control = ctypes.addressof(control)
+            message = memory.hand_over if step is Step.HAND_OVER else request.messages[step]
+            header, vector = message.header, memory.vectors[step]
+            record = ctypes.addressof(memory.records[step])
+            control = ctypes.addressof(memory.controls[step])
+            vector.base = record
+            header.iov, header.iovlen = ctypes.addressof(vector), 1
+            header.control = control
+            _CONTROL.pack_into(self._map, control - start, *_RIGHTS)
+            at = control - start + _CONTROL.size
+            pointer = ctypes.byref(message)
+            self._calls.append(_Call(message, header, vector, pointer, record - start, at))
+        read = self._calls[_READ]
+        read.vector.len = REQUEST_SIZE
+        read.header.control, read.header.controllen = start + _AUTHOR_AT, _AUTHOR_SPACE
         self._idle = bytes(request)
         request.serving = 1
         self._fresh = bytes(request)
@@ -154,7 +186,11 @@ class InFlight:
     def begin(self, fd: int) -> None:
         """Begin with a request on a channel that the journal has."""
         self._map[: self._size] = self._fresh
-        self.memory.request.fd = fd
+        _FD.pack_into(self._map, _FD_AT, fd)
+
+    def commit(self, serial: int) -> None:
+        """Store the number of the journal's entry for the request, which is written next."""
+        _SERIAL.pack_into(self._map, _COMMITTED_AT, serial)
 
     def end(self) -> None:
         """Finish the request, after its channel is closed or in the journal."""
@@ -168,33 +204,55 @@ class InFlight:
 
     def is_done(self, step: Step) -> bool:
         """Return whether this vsockd or the one before has done a step."""
-        return bool(self._messages[step].len)
+        return bool(self._calls[step].message.len)
 
     def send(self, step: Step, sock: _socket.socket, record: bytes, fd: int = -1) -> None:
         """Send a record once, with a descriptor if ``fd`` is given.
 
         Raises OSError.
         """
-        message = self._messages[step]
+        message, header, vector, argument, at, descriptor = self._calls[step]
         if message.len:
             return
-        at = self._records[step]
-        self._map[at : at + len(record)] = record
-        self._vectors[step].len = len(record)
+        size = len(record)
+        self._map[at : at + size] = record
+        vector.len = size
         if fd >= 0:
-            _RIGHTS.pack_into(self._map, self._controls[step], *_RIGHTS_START, fd)
-            message.header.controllen = CMSG_SPACE(_FD.size)
-        if _sendmmsg(sock.fileno(), self._addresses[step], 1, _SEND) < 0:
+            _FD.pack_into(self._map, descriptor, fd)
+            header.controllen = _RIGHTS_SPACE
+        if _sendmmsg(sock.fileno(), argument, 1, _SEND) < 0:
             raise last_error()
+
+    def read(self, sock: _socket.socket) -> tuple[bytes, tuple[int, ...] | None]:
+        """Read a request once; return it, and its author's credentials if they came with it.
+
+        Raises OSError, BlockingIOError if no request has arrived.
+        """
+        message, _, _, argument, at, _ = self._calls[_READ]
+        size = message.len
+        if not size:
+            if _recvmmsg(sock.fileno(), argument, 1, _RECEIVE, None) < 0:
+                raise last_error()
+            size = message.len
+        length, _, _, *author = _AUTHOR.unpack_from(self._map, _AUTHOR_AT)
+        return self._map[at : at + size], tuple(author) if length else None
+
+    @property
+    def is_polling(self) -> bool:
+        """True if padding follows the request that was read."""
+        message, _, _, _, at, _ = self._calls[_READ]
+        return message.len == REQUEST_SIZE and (
+            Request.decode(self._map[at : at + REQUEST_SIZE]).polling
+        )
 
     def consume(self, sock: _socket.socket, size: int) -> None:
         """Read and discard up to ``size`` bytes once.
 
         Raises OSError.
         """
-        message = self._messages[_CONSUME]
+        message, _, vector, argument, _, _ = self._calls[_CONSUME]
         if message.len:
             return
-        self._vectors[_CONSUME].len = size
-        if _recvmmsg(sock.fileno(), self._addresses[_CONSUME], 1, _RECEIVE, None) < 0:
+        vector.len = size
+        if _recvmmsg(sock.fileno(), argument, 1, _RECEIVE, None) < 0:
             raise last_error()

@@ -3,9 +3,10 @@
 It begins with everything, in the form of :mod:`.handover`; that of a successor with parts that it
 saves while its predecessor serves.  Each entry after that has what one
 request, or one other event, has changed: rows ``(table, number, row)``, with None for a row that
-was removed.  An entry is written before the reply to the request is sent, with what is left to do
-for the request (:mod:`.in_flight`).  When the entries take more space than the beginning, a new
-journal replaces it.
+was removed.  A connect, the most frequent request, has an entry of its own form.  An entry is
+written before the reply to the request is sent, with what is left to do for the request
+(:mod:`.in_flight`).  When the entries take more space than the beginning, a new journal replaces
+it.
 
 The journal is a memory file among the descriptors that vsockd shares with its holder: it lasts as
 long as the descriptors that it names, needs no space on a disk, and is open to no other user.  An
@@ -31,11 +32,17 @@ from .handover import Saved, Writer, save_connections, save_context, save_endpoi
 from .in_flight import InFlight
 from .limits import DAEMON_JOURNAL_LEAST_BYTES
 
-#: The journal's length in bytes, with the length's checksum, at its start.
+#: The journal's length in bytes, and its complement, at its start.
 _LENGTH = struct.Struct("Q")
 #: Before each entry.
 _HEADER = struct.Struct("II")  # length and checksum of the content
 _START = _LENGTH.size
+# Aliases: hot path.
+_HEADER_SIZE, _pack_header, _pack_length = _HEADER.size, _HEADER.pack, _LENGTH.pack_into
+#: The entry of a connect: the row of :func:`.save_connections`, and what is left to do.  Its first
+#: byte is zero, which marshal never writes.
+_CONNECT = struct.Struct("=x??8I5Q5q2iIiQ")
+_pack_connect = _CONNECT.pack
 
 #: A changed row: table, number, and the row, or None if it was removed.
 Change = tuple[str, int, Any]
@@ -80,6 +87,9 @@ class JournalDamaged(Exception):
     """A journal that cannot be used; the text says what to do."""
 
 
+_COMPLEMENT = 0xFFFF_FFFF
+
+
 class Log:
     """A memory file with entries."""
 
@@ -89,32 +99,37 @@ class Log:
         os.ftruncate(self.fd, _START + size)
         self._map = mmap.mmap(self.fd, _START + size)
         self.end = _START
-        self.include(_START)
+        self.include()
 
-    def append(self, content: bytes) -> int:
-        """Write an entry, which counts once :meth:`include` is called; return its end."""
-        at = self.end + _HEADER.size
-        end = at + len(content)
+    def append(self, content: bytes) -> None:
+        """Write an entry, which counts once :meth:`include` is called."""
+        end = self.end + _HEADER.size + len(content)
         if end > len(self._map):
             self._map.resize(2 * end)
-        self._map[at:end] = content
-        _HEADER.pack_into(self._map, self.end, len(content), crc32(content))
+        self._map[self.end : end] = _HEADER.pack(len(content), crc32(content)) + content
+        self.end = end
+
+    def include(self) -> int:
+        """Let the entries that were written count; return the log's length."""
+        # One store: it happens, or it does not.
+        end = self.end
+        _LENGTH.pack_into(self._map, 0, end | (end ^ _COMPLEMENT) << 32)
         return end
 
-    def include(self, end: int) -> None:
-        """Let the entry that ends at ``end`` count."""
-        # One store: it happens, or it does not.
-        _LENGTH.pack_into(self._map, 0, end | _checksum_of(end) << 32)
-        self.end = end
+    def add(self, content: bytes) -> int:
+        """Do both, in one call (hot path); return the log's length."""
+        mapped, begin, size = self._map, self.end, len(content)
+        end = self.end = begin + _HEADER_SIZE + size
+        if end > len(mapped):
+            mapped.resize(2 * end)
+        mapped[begin:end] = _pack_header(size, crc32(content)) + content
+        _pack_length(mapped, 0, end | (end ^ _COMPLEMENT) << 32)
+        return end
 
     def close(self) -> None:
         """Close the file."""
         self._map.close()
         os.close(self.fd)
-
-
-def _checksum_of(length: int) -> int:
-    return crc32(length.to_bytes(4, "little"))
 
 
 def read_entries(fd: int) -> Iterator[tuple[Any, Left | None, int]]:
@@ -127,9 +142,9 @@ def read_entries(fd: int) -> Iterator[tuple[Any, Left | None, int]]:
         raise _damaged(f"its size is {size}")
     with mmap.mmap(fd, size) as content:
         (length,) = _LENGTH.unpack_from(content)
-        length, checksum = length & 0xFFFF_FFFF, length >> 32
+        length, complement = length & _COMPLEMENT, length >> 32
         at = _START
-        if not _START < length <= size or checksum != _checksum_of(length):
+        if not _START < length <= size or length ^ complement != _COMPLEMENT:
             raise _damaged(f"its length field has {length}, its size is {size}")
         while at < length:
             begin = at + _HEADER.size
@@ -141,9 +156,24 @@ def read_entries(fd: int) -> Iterator[tuple[Any, Left | None, int]]:
             if at > length or crc32(data) != wanted:
                 raise _damaged(f"the entry at {begin} has a wrong length or checksum")
             try:
-                yield marshal.loads(data)
-            except (EOFError, ValueError, TypeError) as error:
+                yield marshal.loads(data) if data[0] else _decode_connect(data)
+            except (EOFError, ValueError, TypeError, IndexError, struct.error) as error:
                 raise _damaged(f"the entry at {begin} is invalid: {error}") from None
+
+
+def _decode_connect(data: bytes) -> tuple[list[Change], Left, int]:
+    """Return the entry of a connect as that of another request."""
+    has_cookie, has_port, number, cid, *rest = _CONNECT.unpack(data)
+    local_cid, local_port, peer_cid, peer_port, listener, channel, *rest = rest
+    size, wanted, minimum, maximum, cookie, *rest = rest
+    pid, uid, gid, party_cid, party_uid, group, fd, flags, token, serial = rest
+    row = (
+        *(number, cid, listener, (local_cid, local_port), (peer_cid, peer_port), size),
+        *((wanted, minimum, maximum), (pid, uid, gid), (party_cid, party_uid)),
+        *(cookie, has_cookie, has_port, group),
+    )
+    left = "connect", fd, number, channel, flags, token
+    return [("connections", number, row)], left, serial
 
 
 def _damaged(problem: str) -> JournalDamaged:
@@ -201,7 +231,8 @@ class Journal:
         before = self._log
         self._limit = 2 * len(content) + DAEMON_JOURNAL_LEAST_BYTES
         log = self._log = Log(self._limit + _HEADER.size)
-        log.include(log.append(content))
+        log.append(content)
+        log.include()
         self.in_flight.memory.journal = log.fd  # one store
         if before is not None:
             before.close()
@@ -263,13 +294,34 @@ class Journal:
 
         Nothing is written without changes.
         """
+        log = self._log
+        if log is not None and self._collect():
+            serial = 0
+            if left is not None:
+                serial = self._serial = self._serial + 1
+                self.in_flight.commit(serial)
+            self._append(log, left, serial)
+            if log.include() > self._limit:
+                self._begin_later()
+
+    def _collect(self) -> bool:
+        """Return whether there are changes, after adding rows of what was noted."""
         if self._channels or self._endpoints or self._links:
             self._save_changed()
         if self._ended:
-            self._changes += [("connections", number, None) for number in self._ended]
-            self._ended.clear()
-        if self._changes:
-            self._write(left)
+            self._changes.append(("ended", 0, self._ended))
+        return bool(self._changes)
+
+    def _append(self, log: Log, left: Left | None, serial: int) -> None:
+        log.append(marshal.dumps((self._changes, left, serial)))
+        self._changes.clear()
+        self._ended.clear()
+
+    def _begin_later(self) -> None:
+        """Begin a new journal, but not in the middle of a request."""
+        if not self._replaces:
+            self._replaces = True
+            self._loop.call_later(0, self._begin_if_needed)
 
     def connected(
         self,
@@ -283,14 +335,54 @@ class Journal:
 
         ``bound`` is the endpoint that the connecting socket had, if any.
         """
-        self.forget(channel)
+        # Spelled out, hot path: a call, and a starred argument, cost as much as three fields.
+        writer, log = self.writer, self._log
+        assert log is not None
+        if channel in writer.channels:
+            self.forget(channel)
         if bound is not None:
-            self.endpoint(bound)
-        row = save_connections(self.writer, (connection,))[0]
-        self._changes.append(("connections", connection.number, row))
-        listener = self.writer.channel(target.channel)
-        fd, token = channel.sock.fileno(), target.next_token
-        self.commit(("connect", fd, connection.number, listener, flags, token))
+            self._endpoints[bound] = None
+        if self._channels or self._endpoints or self._ended or self._changes or self._links:
+            self._collect()
+            self._append(log, None, 0)
+        party = writer.party(connection.party)
+        assert party is not None
+        number, context, cookie = connection.number, connection.context, connection.cookie
+        local_cid, local_port = connection.local
+        peer_cid, peer_port = connection.peer
+        size, minimum, maximum = connection.sizes
+        pid, uid, gid = connection.owner
+        serial = self._serial = self._serial + 1
+        entry = _pack_connect(
+            context.cookies.get(cookie) is connection,
+            context.connected.get(local_port) is connection,
+            number,
+            context.cid,
+            local_cid,
+            local_port,
+            peer_cid,
+            peer_port,
+            writer.number_of(connection.listener),
+            writer.channels[target.channel],
+            connection.size,
+            size,
+            minimum,
+            maximum,
+            cookie,
+            pid,
+            uid,
+            gid,
+            party[0],
+            party[1],
+            writer.group(connection.watch),
+            channel.sock.fileno(),
+            flags,
+            target.next_token,
+            serial,
+        )
+        self.in_flight.commit(serial)
+        if log.add(entry) > self._limit:
+            self._begin_later()
 
     def completed(self, connection: Connection) -> None:
         """Record in the next entry that a device or relay has accepted a connection."""
@@ -358,18 +450,3 @@ class Journal:
         self._channels.clear()
         self._endpoints.clear()
         self._links.clear()
-
-    def _write(self, left: Left | None) -> None:
-        log = self._log
-        assert log is not None
-        if left is None:
-            end = log.append(marshal.dumps((self._changes, None, 0)))
-        else:
-            self._serial += 1
-            end = log.append(marshal.dumps((self._changes, left, self._serial)))
-            self.in_flight.memory.request.committed = self._serial
-        log.include(end)
-        self._changes.clear()
-        if end > self._limit and not self._replaces:
-            self._replaces = True  # not in the middle of a request
-            self._loop.call_later(0, self._begin_if_needed)

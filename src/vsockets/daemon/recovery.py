@@ -115,7 +115,8 @@ class Killed:
         if passed in orphans and passed not in self.descriptors.named:
             os.close(passed)
         close_recovered()
-        self.in_flight.end()
+        assert broker.journal is not None
+        broker.journal.end_request()
         for fd in accepted:
             control.admit(fd)
 
@@ -160,8 +161,6 @@ class Killed:
             consume(channel, False)
         elif what == "offer":
             link, record = rest
-            if channel.kind is EndpointKind.STREAM:
-                consume(channel, False)
             target = reader.link(link)
             assert isinstance(target, HandoffLink)
             target.hand_over(record, channel.sock, self.in_flight)
@@ -181,19 +180,18 @@ class Killed:
         request = self.in_flight.request
         fd = request.fd
         channel = broker.find_kept(fd) if fd >= 0 else None
-        if channel is None and fd < 0 and clients:
-            _, sock = clients.popitem()
-            channel = self._channel(broker, sock)
-            if not self.in_flight.is_done(Step.REPLY):
-                broker.serve_first(channel)
-                return
-            broker.resume(channel)
+        if fd < 0 and clients:
+            channel = self._channel(broker, clients.popitem()[1])
         if channel is None:
             return
         if self.in_flight.is_done(Step.REPLY):
-            consume(channel, False)
-        elif fd >= 0:
-            broker.serve_kept(channel)
+            consume(channel, self.in_flight.is_polling)
+            if fd < 0:
+                broker.resume(channel)
+        elif fd < 0:
+            broker.serve_first(channel)
+        else:
+            broker.continue_kept(channel)
 
     def _channel(self, broker: Broker, sock: socket.socket) -> Channel:
         """Return a channel for a client whose context accepted it just before."""
@@ -268,6 +266,10 @@ class _Tables:
     def apply(self, changes: list[tuple[str, int, Any]]) -> None:
         """Change the rows of one entry."""
         for table, number, row in changes:
+            if table == "ended":
+                for one in row:
+                    self._connections.pop(one, None)
+                continue
             if row is not None and table in ("connections", "pending"):
                 self._count(row, table == "connections")
             if row is None:
