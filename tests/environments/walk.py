@@ -1,9 +1,10 @@
 """The newcomer's walk: from the install line of README to each of its pastes, timed.
 
-``make test-walk`` runs this as root: in new roots of Debian 12 and 13, as an ordinary user, and on
-Debian 13 in a container with Docker's default profile.  Each walk has the tracked files of this
-tree in a home of its own and the machine's package index; prints seconds; and fails when a step
-does not print what README promises.  ``python -m environments.walk bookworm`` takes one of them.
+``make test-walk`` runs this as root: in new roots of Debian 12 and 13, as an ordinary user and as
+root, once with SIGINT and SIGQUIT ignored (as of a job in a shell's background), and on Debian 13
+in a container with Docker's default profile.  Each walk has the tracked files of this tree in a
+home of its own and the machine's package index; prints seconds; and fails when a step does not
+print what README promises.  ``python -m environments.walk bookworm`` takes one of them.
 """
 
 from __future__ import annotations
@@ -38,12 +39,16 @@ class Walk(NamedTuple):
     release: str
     name: str
     is_contained: bool = False
+    is_root: bool = False
+    ignores_signals: bool = False  #: SIGINT and SIGQUIT
 
 
 WALKS = {
     "bookworm": Walk("bookworm", "Debian 12"),
-    "trixie": Walk("trixie", "Debian 13"),
-    "docker": Walk("trixie", "Debian 13, Docker's profile", True),
+    "bookworm-root": Walk("bookworm", "Debian 12, root", is_root=True),
+    "trixie": Walk("trixie", "Debian 13, SIGINT ignored", ignores_signals=True),
+    "trixie-root": Walk("trixie", "Debian 13, root", is_root=True),
+    "docker": Walk("trixie", "Debian 13, Docker's profile", is_contained=True),
 }
 
 #: The unmodified program of the pytest example.
@@ -130,13 +135,14 @@ def _root(release: str) -> Path:
 
 def _walk(walk: Walk, root: Path, scratch: Path) -> int:
     """Take a walk in the mount namespace."""
-    there = _arrange(root, scratch)
+    there = _arrange(root, scratch, 0 if walk.is_root else UID)
     total = time.monotonic()
+    ignore = "trap '' INT QUIT; " if walk.ignores_signals else ""
     for step in pastes():
         began = time.monotonic()
         done = subprocess.run(
-            [*_enter(walk, there), "sh", "-c", f"{_ACTIVATE}{step.script}"],
-            env=_environment(),
+            [*_enter(walk, there), "sh", "-c", f"{ignore}{_ACTIVATE}{step.script}"],
+            env=_environment(walk),
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -156,8 +162,8 @@ def _walk(walk: Walk, root: Path, scratch: Path) -> int:
     return 0
 
 
-def _arrange(root: Path, scratch: Path) -> Path:
-    """Mount a copy of the root folder, with this tree's files in the user's home; return it."""
+def _arrange(root: Path, scratch: Path, uid: int) -> Path:
+    """Mount a copy of the root folder, with this tree's files, of a user, in a home; return it."""
     namespace.mount("-t", "tmpfs", "tmpfs", scratch)
     there, upper, work = (scratch / name for name in ("root", "upper", "work"))
     for folder in (there, upper, work):
@@ -185,7 +191,7 @@ def _arrange(root: Path, scratch: Path) -> Path:
         shutil.copy2(namespace.TREE / name, clone / name, follow_symlinks=False)
     for parent, _, files in os.walk(home):
         for name in (".", *files):
-            os.chown(Path(parent, name), UID, UID, follow_symlinks=False)
+            os.chown(Path(parent, name), uid, uid, follow_symlinks=False)
     return there
 
 
@@ -217,22 +223,24 @@ exec "$@"
 
 
 def _enter(walk: Walk, there: Path) -> list[str | Path]:
-    """Return the beginning of a command that runs as the user in the root folder."""
+    """Return the beginning of a command that runs as the walk's user in the root folder."""
     inside: list[str | Path] = ["unshare", "--mount", "--pid", "--fork", "sh", "-ec", _ENTER]
     inside += ["sh", there, CLONE]
     if walk.is_contained:
         inside += ["env", f"PYTHONPATH={CLONE}/src:{CLONE}/tests", "PYTHONDONTWRITEBYTECODE=1"]
         inside += ["python3", f"{CLONE}/tests/containers/runtime.py", "--profile=docker"]
         return [*inside, f"--user={UID}", "--network=host", "--", "env", "--unset=PYTHONPATH"]
+    if walk.is_root:
+        return inside
     inside += ["setpriv", f"--reuid={UID}", f"--regid={UID}", "--clear-groups"]
     return [*inside, "--inh-caps=-all", "--bounding-set=-all"]
 
 
-def _environment() -> dict[str, str]:
+def _environment(walk: Walk) -> dict[str, str]:
     proxies = {name: value for name, value in os.environ.items() if name.lower().endswith("_proxy")}
     return {
-        "HOME": str(HOME),
-        "USER": USER,
+        "HOME": "/root" if walk.is_root else str(HOME),
+        "USER": "root" if walk.is_root else USER,
         "PATH": "/usr/local/bin:/usr/bin:/bin",
         "LANG": "C.UTF-8",
         "TERM": "dumb",
