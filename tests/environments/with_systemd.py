@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import tempfile
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -61,6 +62,63 @@ SERVICE_UNIT = f"""\
 [Service]
 Environment={ENVIRONMENT}
 ExecStart=vsock forward fd:3 vsock:5:22 --wait 30
+"""
+
+#: A guest's program under ``vsock run``, in a unit whose sandbox forbids AF_VSOCK.
+GUEST_PROGRAM = """\
+import socket, sys
+with socket.socket(socket.AF_VSOCK) as sock:
+    sock.connect((2, 5010))
+    print("the host sends", word := sock.recv(100).decode())
+sys.exit(word != "end")
+"""
+GUEST_UNIT = f"""\
+[Service]
+Environment={ENVIRONMENT}
+ExecStart=vsock run -v --cid 5 -- python3 /run/guest.py
+Restart=on-failure
+RestartSec=100ms
+NoNewPrivileges=yes
+PrivateTmp=yes
+ProtectHome=yes
+ProtectSystem=strict
+RestrictAddressFamilies=AF_UNIX
+SystemCallFilter=@system-service @debug
+SystemCallErrorNumber=EPERM
+"""
+#: The host's program: starts the unit, and has its first process fail.
+HOST_PROGRAM = """
+import subprocess, vsockets
+with vsockets.create_server((2, 5010), context=vsockets.attach("/run/vsock/2")) as server:
+    subprocess.run(["systemctl", "start", "guest"], check=True)
+    for word in (b"fail", b"end"):
+        sock, (cid, _) = server.accept()
+        print(cid)
+        sock.sendall(word)
+        sock.close()
+"""
+
+#: The suite of a played machine: an agent in it answers before and after a snapshot's restore.
+PLAYED_SUITE = """
+import os, socket, subprocess
+agent = "import socket; server = socket.socket(socket.AF_VSOCK); server.bind((2**32 - 1, 5000))\\n"
+agent += "server.listen(); print(flush=True)\\n"
+agent += "while True: server.accept()[0].send(b'agent')"
+cid = os.environ["VSOCKETS_PLAYED_CID"]
+command = ["vsock", "run", "--cid", cid, "--", "python3", "-c", agent]
+agent = subprocess.Popen(command, stdout=subprocess.PIPE)
+agent.stdout.readline()
+def call():
+    with socket.socket(socket.AF_UNIX) as sock:
+        sock.connect(os.environ["VSOCKETS_PLAYED_SOCKET"])
+        sock.sendall(b"CONNECT 5000\\n")
+        with sock.makefile("rb") as lines:
+            assert lines.readline().startswith(b"OK ")
+            return lines.read(5).decode()
+first = call()
+for operation in ("snapshot", "restore"):
+    subprocess.run(["vsock", "played", operation, cid], check=True, stdout=subprocess.DEVNULL)
+print(os.getuid() != 0, first, call())
 """
 
 FORWARDS = """\
@@ -164,6 +222,41 @@ def test_the_journal_has_denials_with_their_priority(machine: SystemdMachine) ->
     assert denials[-1]["_SYSTEMD_UNIT"] == "vsockd.service"
 
 
+def test_a_guest_process_is_a_unit(machine: SystemdMachine) -> None:
+    """A program that fails is started again; its output is in the journal.
+
+    systemd's filter refuses AF_VSOCK, as a container's does.
+    """
+    write(machine, "/run/guest.py", GUEST_PROGRAM)
+    write(machine, "/run/systemd/system/guest.service", GUEST_UNIT)
+    machine.run("systemctl", "daemon-reload")
+    assert machine.shell(f"{ENVIRONMENT} exec python3 -c {quoted(HOST_PROGRAM)}") == "5\n5\n"
+    wait_until(
+        lambda: machine.property("guest", "ActiveState") == "inactive", "the unit to end", 60
+    )
+    assert machine.property("guest", "Result") == "success"
+    assert machine.property("guest", "NRestarts") == "1"
+    log = machine.run("journalctl", "--no-pager", "--output=cat", "--unit=guest").splitlines()
+    assert [line for line in log if "sends" in line] == [
+        "the host sends fail",
+        "the host sends end",
+    ]
+    reason = "vsock run: interceptor trace: a seccomp filter refuses AF_VSOCK (EAFNOSUPPORT)"
+    assert log.count(reason) == 2
+
+
+def test_a_played_machine_in_a_unit(machine: SystemdMachine) -> None:
+    """The unit is one of a user without rights; nothing of it is left."""
+    write(machine, "/run/suite.py", PLAYED_SUITE)
+    sandbox = "-p DynamicUser=yes -p PrivateTmp=yes -p ProtectHome=yes -p NoNewPrivileges=yes"
+    command = "vsock fabric --as firecracker -- python3 /run/suite.py"
+    unit = f"systemd-run --quiet --collect --wait --pipe --unit=played {sandbox} {command}"
+    assert machine.shell(unit) == "True agent agent\n"
+    assert (
+        machine.run("systemctl", "list-units", "--all", "--plain", "--no-legend", "played*") == ""
+    )
+
+
 def test_a_forward_of_a_file(machine: SystemdMachine) -> None:
     serve_in_guest_5(machine, 5001, "from guest 5")
     machine.run("mkdir", "--parents", "/etc/vsock/forward")
@@ -183,17 +276,28 @@ def test_a_forward_of_a_file(machine: SystemdMachine) -> None:
 
 
 def replace(machine: SystemdMachine, unit: str) -> None:
-    """Have another process take over a forward; the unit's main process stays."""
-    main = machine.property(unit, "MainPID")
-    machine.run("systemctl", "kill", "--kill-whom=main", "--signal=USR2", unit)
+    """Have another process take over a forward."""
+    with another_takes_over(machine, unit):
+        machine.run("systemctl", "kill", "--kill-whom=main", "--signal=USR2", unit)
 
-    def is_replaced() -> bool:
+
+@contextmanager
+def another_takes_over(machine: SystemdMachine, *units: str) -> Iterator[None]:
+    """Check that in the with block each unit is replaced once, and its main process stays."""
+
+    def replacements(unit: str) -> int:
         log = machine.run("journalctl", "--no-pager", "--output=cat", f"--unit={unit}")
         assert "not replaced" not in log
-        return "replaced by process" in log
+        return log.count("replaced by process")
 
-    wait_until(is_replaced, "another process to take over", 60)
-    assert machine.property(unit, "MainPID") == main
+    def are_replaced() -> bool:
+        return all(replacements(unit) == count + 1 for unit, count in before.items())
+
+    before = {unit: replacements(unit) for unit in units}
+    main = {unit: machine.property(unit, "MainPID") for unit in units}
+    yield
+    wait_until(are_replaced, "other processes to take over", 60)
+    assert main == {unit: machine.property(unit, "MainPID") for unit in units}
 
 
 def test_a_forward_by_socket_activation(machine: SystemdMachine) -> None:
@@ -246,16 +350,30 @@ def test_exposure_is_that_of_the_page(machine: SystemdMachine, unit: str) -> Non
     assert float(level) <= EXPOSURES[unit], said
 
 
-def test_an_upgrade_replaces_it_and_nothing_is_lost(machine: SystemdMachine) -> None:
-    machine.run("systemctl", "reload", "vsockd")
-    serve_in_guest_5(machine, 5009, "from before the upgrade")
+def test_nothing_is_lost_by_a_reload_and_a_replacement(machine: SystemdMachine) -> None:
+    """The commands that docs/services.md names: neither is a restart."""
+    serve_in_guest_5(machine, 5009, "from before")
     machine.shell("until vsock ls | grep -q 5009; do sleep 0.1; done")
     main, before = machine.property("vsockd", "MainPID"), serving(machine)
-    stream_over(machine, "dpkg", "--install", f"{INSIDE}/vsockets_{NEXT}_all.deb")
+    stream_over(machine, "systemctl", "reload-or-restart", "vsockd")
+    assert serving(machine) == before
+    stream_over(machine, "vsock", "--dir", "/run/vsock", "up", "--replace")
+    assert serving(machine) != before
+    assert machine.property("vsockd", "MainPID") == main
+    assert machine.shell(f"{ENVIRONMENT} vsock connect 5 5009") == "from before\n"
+
+
+def test_an_upgrade_replaces_it_and_nothing_is_lost(machine: SystemdMachine) -> None:
+    """The services, too, also those of an administrator's units; other programs get no signal."""
+    export = "vsock --dir /run/vsock nfs serve --export /srv --state /run/nfs.state"
+    machine.shell(f"systemd-run --quiet --unit=files --property=Type=notify {export}")
+    main, before = machine.property("vsockd", "MainPID"), serving(machine)
+    with another_takes_over(machine, "vsock-forward@web", "files"):
+        stream_over(machine, "dpkg", "--install", f"{INSIDE}/vsockets_{NEXT}_all.deb")
     assert machine.property("vsockd", "MainPID") == main
     assert serving(machine) != before
-    answer = machine.shell(f"{ENVIRONMENT} vsock connect 5 5009")
-    assert answer == "from before the upgrade\n"
+    assert machine.shell(f"{ENVIRONMENT} vsock connect 5 5009") == "from before\n"
+    machine.run("systemctl", "stop", "files")
     names = [row["name"] for row in json.loads(machine.run("vsock", "context", "ls", "--json"))]
     assert names == ["host", "web", "db"]
 
