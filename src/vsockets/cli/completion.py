@@ -11,6 +11,7 @@ from pathlib import Path
 import click
 from click.shell_completion import get_completion_class, shell_complete
 
+from ..model.home import home_folder
 from .errors import CliError
 
 _VARIABLE = "_VSOCK_COMPLETE"
@@ -48,7 +49,7 @@ def install(command: click.Command) -> str:
     Raises CliError if the shell is unknown.
     """
     shell = _shell()
-    home = Path.home()
+    home = home_folder()
     file = home / _FILES[shell]
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(_script(command, shell) + "\n")

@@ -13,6 +13,7 @@ import click
 
 from ..model.address import FIRST_GUEST_CID, LAST_GUEST_CID, parse_cid, parse_port
 from ..model.constants import VMADDR_CID_HOST
+from ..model.home import home_folder
 from ..model.locator import Inet, Locator, Unix, parse_locator
 from .groups import Argument
 
@@ -165,7 +166,7 @@ def path_argument(name: str, **attributes: Any) -> Decorator[Any]:
 
 def state_file(name: str) -> Path:
     """Return the default path of a service's state file: one of this user."""
-    folder = os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state"
+    folder = os.environ.get("XDG_STATE_HOME") or home_folder() / ".local" / "state"
     return Path(folder, "vsock", name)
 
 

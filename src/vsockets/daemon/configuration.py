@@ -18,6 +18,7 @@ from pathlib import Path
 from ..fabric.settings import ContextSettings, Grant, Isolation, Limits, Profile, Settings
 from ..limits import NAME_MAX_CHARACTERS
 from ..model.address import FIRST_GUEST_CID, LAST_GUEST_CID
+from ..model.home import home_folder
 from ..model.locator import check_hybrid_path
 from ..toml import ConfigurationError, Table, kind, read_toml, shown
 from ..vmware import Vmx, VmxError, read_vmx
@@ -49,7 +50,7 @@ def default_configuration_folder() -> Path:
         return Path(configured)
     if os.geteuid() == 0:
         return Path("/etc/vsock")
-    return Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config", "vsock")
+    return Path(os.environ.get("XDG_CONFIG_HOME") or home_folder() / ".config", "vsock")
 
 
 def load(folder: Path) -> Settings:

@@ -19,7 +19,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
-CACHE = Path.home() / ".cache/vsockets/machines"
+from ..model.home import home_folder
+
+CACHE = home_folder() / ".cache/vsockets/machines"
 
 #: Timeout of a download in seconds.
 _DOWNLOAD_SECONDS = 600
