@@ -384,7 +384,7 @@ def serving(machine: SystemdMachine) -> int:
 
 
 def test_a_stop_is_clean_and_no_program_starts_it(machine: SystemdMachine) -> None:
-    machine.run("systemctl", "stop", "vsockd")
+    machine.run("systemctl", "stop", "vsock-guestinfo", "vsockd")
     assert machine.property("vsockd", "Result") == "success"
     assert machine.property("vsockd", "ExecMainStatus") == "0"
     assert machine.run("ls", "-A", "/run/vsock").split() == ["vsockd.start"]
@@ -396,8 +396,8 @@ def test_a_stop_is_clean_and_no_program_starts_it(machine: SystemdMachine) -> No
 
 
 def test_a_purge_leaves_nothing(machine: SystemdMachine) -> None:
-    """Not even the forward that still runs and is enabled."""
-    machine.run("systemctl", "start", "vsock-forward@web")
+    """Not even the services that still run and are enabled."""
+    machine.run("systemctl", "start", "vsock-forward@web", "vsock-guestinfo")
     machine.shell("rm -r /etc/vsock/forward /etc/vsock/guests.toml")
     machine.run("dpkg", "--purge", "vsockets")
     assert machine.run("systemctl", "list-units", "--all", "--plain", "--no-legend", "vsock*") == ""
