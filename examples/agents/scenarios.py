@@ -5,6 +5,7 @@ Each function takes a :class:`stage.Stage`, with any machine that its hypervisor
 
 import contextlib
 import socket
+import threading
 
 from stage import Failed
 
@@ -28,8 +29,6 @@ def scenario(*hypervisors):
 @scenario("firecracker", "qemu")
 def host_connects_first(stage):
     """The host connects before the agent listens: end of stream instead of OK."""
-    import threading
-
     late = threading.Thread(
         target=lambda: (stage.wait(lambda: stage.client.failures, "an attempt"), stage.start())
     )
@@ -280,6 +279,40 @@ def names_of_clones(stage):
         raise Failed("the clone has a name of its own")
 
 
+@scenario("firecracker", "cloud-hypervisor@52", "qemu")
+def clock_stands(stage):
+    """The clock of a restored guest goes on from the snapshot: a new certificate is not yet valid.
+
+    Here the guest's clock is right, and its host's is three days ahead.
+    """
+    stage.listen()
+    stage.boot()
+    stage.report("before")
+    stage.machine.snapshot()
+    stage.machine.restore(asleep=3 * 86_400)
+    begins = stage.machine.time() - 1
+    stage.expect(lambda: stage.ask(f"valid {begins}") == "yes", "a valid certificate")
+
+
+@scenario("firecracker@1.16")
+def deaf_after_pause(stage):
+    """After a pause nothing reaches the guest: the host has to notice, not to wait."""
+    stage.boot()
+    stage.ask("get")
+    stage.machine.pause()
+    stage.machine.resume()
+    failures = []
+
+    def ask():
+        try:
+            stage.client.ask("get", 0.1)
+        except OSError as error:
+            failures.append(error)
+
+    threading.Thread(target=ask, daemon=True).start()
+    stage.expect(lambda: failures, "an error")
+
+
 @scenario("firecracker", "kata")
 def file_of_a_dead_machine(stage):
     """The unix socket's file outlives the hypervisor's process."""
@@ -292,6 +325,19 @@ def file_of_a_dead_machine(stage):
 
 
 # Several machines
+
+
+@scenario("qemu", "firecracker")
+def cid_again(stage):
+    """Another machine has the CID, and the unix socket, of one that has ended."""
+    stage.boot()
+    stage.setup.ensure(stage.client, stage.machine.cid, "blue")
+    stage.agent.running = False
+    stage.machine.replace()
+    stage.boot()
+    stage.setup.ensure(stage.client, stage.machine.cid, "blue")
+    if stage.ask("get") != "blue":
+        raise Failed("the second machine is set up")
 
 
 @scenario("qemu", "nitro")

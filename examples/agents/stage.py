@@ -90,7 +90,7 @@ class Stage:
             address = (socket.VMADDR_CID_ANY, self.reports)
             listener = vsockets.create_server(address, context=self.machine.host)
         self.listeners.append(listener)
-        self.inbox = self.parts["inbox"](listener)
+        self.inbox = self.parts["inbox"](listener, self.machine.time)
 
     def report(self, text):
         """Have the agent report something, and wait until it has arrived."""

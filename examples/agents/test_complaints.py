@@ -38,7 +38,10 @@ MISTAKES = {
     "reset-without-restore": {"agent": naive.ResetMeansRestored},
     "numbers-of-a-restored-agent": {"agent": naive.KeepsItsName},
     "names-of-clones": {"agent": naive.KeepsItsName},
+    "clock-stands": {"agent": naive.OwnClock},
+    "deaf-after-pause": {"client": naive.WaitsForReply},
     "file-of-a-dead-machine": {"client": naive.FileIsUp},
+    "cid-again": {"setup": naive.KnowsByCid},
     "one-port-for-all": {"inbox": naive.AnyIsReady},
 }
 

@@ -60,7 +60,7 @@ def test_a_suite_pauses_and_restores(alone: Vsock, tmp_path: Path) -> None:
     assert done.stderr == ""
     first, second, *rows = done.stdout.splitlines()
     assert (first, second) == ("1", "passed")  # the snapshot's number
-    assert rows[1].split() == ["3", "firecracker@1.9.1", "running", "1", str(path)]
+    assert rows[1].split() == ["3", "firecracker@1.17", "running", "1", str(path)]
     assert rows[2:] == [
         "machine 3 (firecracker): paused",
         "machine 3 (firecracker): snapshot 1: connections of the source: reset",

@@ -174,6 +174,72 @@ def test_reboot_ends_listeners(fabric: PrivateFabric, hypervisor: str) -> None:
             server.accept()[0].close()
 
 
+@pytest.mark.parametrize("hypervisor", ["firecracker", "qemu"])
+def test_another_machine_has_the_cid(fabric: PrivateFabric, hypervisor: str) -> None:
+    machine = fabric.played(hypervisor)
+    host, guest = joined(machine, 5000)
+    with host, guest, serve(machine, 5001):
+        machine.snapshot()
+        before = machine.cid, machine.socket
+        machine.replace()
+        assert ended(host) in ("end", "reset")
+        assert ended(guest) in ("end", "reset")
+        assert (machine.cid, machine.socket) == before
+        with pytest.raises(ConnectionResetError):
+            machine.connect(5001)
+        with pytest.raises(PlayedFailed, match="no snapshot"):
+            machine.restore()
+    host, guest = joined(machine, 5000)
+    host.close()
+    guest.close()
+
+
+def test_a_pause_without_a_snapshot_leaves_the_guest_deaf(fabric: PrivateFabric) -> None:
+    """Firecracker 1.16 waits for the guest to acknowledge a reset that it has not sent."""
+    machine = fabric.played("firecracker@1.16")
+    host, guest = joined(machine, 52)
+    with host, guest, serve(machine, 53) as server:
+        machine.pause()
+        machine.resume()
+        host.sendall(b"lost?")
+        guest.sendall(b"heard")
+        assert take(host, 5) == b"heard"
+        with ask(machine, b"CONNECT 53\n") as waiting:
+            assert machine.state == "running"
+            assert is_quiet(guest)
+            assert is_quiet(waiting)
+        machine.pause()
+        machine.snapshot()
+        machine.restore()
+        machine.connect(53).close()
+        server.accept()[0].close()
+
+
+@pytest.mark.parametrize(
+    ("hypervisor", "again"),
+    [
+        ("firecracker", False),
+        ("firecracker@1.15", False),
+        ("firecracker@1.14", True),
+        ("cloud-hypervisor", True),
+    ],
+)
+def test_where_ports_of_host_ends_go_on(
+    fabric: PrivateFabric, hypervisor: str, again: bool
+) -> None:
+    machine = fabric.played(hypervisor)
+    ports = []
+    with serve(machine, 5000) as server:
+        for _ in range(2):
+            with machine.connect(5000):
+                guest, peer = server.accept()
+                ports.append(peer[1])
+                guest.close()
+            machine.snapshot()
+            machine.restore()
+    assert (ports[0] == ports[1]) == again
+
+
 def test_qemu_migrates(fabric: PrivateFabric) -> None:
     machine = fabric.played("qemu")
     with serve(machine, 5000) as server:

@@ -76,6 +76,7 @@ for _name, _text in {
     "resume": "Continue a paused machine.",
     "kill": "End a machine's hypervisor; the file of its unix socket stays.",
     "reboot": "Start a machine's guest again, without any program.",
+    "replace": "End a machine and start another one with its CID and unix socket.",
 }.items():
     _operation(_name, _text)
 
@@ -90,9 +91,10 @@ def snapshot(cid: int) -> None:
 @played.command("restore")
 @cid_argument
 @count_option("--snapshot", metavar="NUMBER", help="Snapshot to load. Default: the last one.")
-def restore(cid: int, snapshot: int | None) -> None:
+@seconds_option("--asleep", default=0.0, help="Time since the snapshot.")
+def restore(cid: int, snapshot: int | None, asleep: float) -> None:
     """Replace a machine's hypervisor by one that loads a snapshot."""
-    _ask("POST", f"/machines/{cid}/restore", snapshot=snapshot)
+    _ask("POST", f"/machines/{cid}/restore", snapshot=snapshot, asleep=asleep)
 
 
 @played.command("clone")
@@ -184,8 +186,11 @@ class Api:
             "resume": lambda machine, values: machine.resume(),
             "kill": lambda machine, values: machine.kill(),
             "reboot": lambda machine, values: machine.reboot(),
+            "replace": lambda machine, values: machine.replace(),
             "snapshot": lambda machine, values: {"snapshot": machine.snapshot()},
-            "restore": lambda machine, values: machine.restore(values.get("snapshot")),
+            "restore": lambda machine, values: machine.restore(
+                values.get("snapshot"), float(values.get("asleep", 0))
+            ),
             "clone": self._clone,
             "change-cid": lambda machine, values: hypervisor.change_cid(
                 machine.cid, int(values["cid"])

@@ -41,7 +41,7 @@ class Personality:
     transport: Transport
     guest_cid: int = 3  #: CID of the first guest unless another is given
     host_cid: int = VMADDR_CID_HOST  #: CID under which a guest reaches its host
-    operations: frozenset[str] = frozenset({"kill", "reboot", "change-cid"})
+    operations: frozenset[str] = frozenset({"kill", "reboot", "replace", "change-cid"})
     snapshot: Effect = Effect.KEPT  #: on the connections of the source, when it resumes
     restore: Effect = Effect.RESET
     #: False: a CONNECT line that arrives in pieces ends the connection
@@ -50,36 +50,52 @@ class Personality:
     half_close: bool = True
     #: False: the ports of host ends start again at FIRST_HOST_PORT after a restore
     remembers_ports: bool = True
+    #: True: after a pause without a snapshot no byte of the host reaches the guest
+    deaf_after_pause: bool = False
+    #: False: the guest's clock goes on from the snapshot when it is restored
+    advances_clock: bool = False
+    vmclock: bool = False  #: a VMClock device reports restores to the guest's programs
     connections: int = 1023  #: largest number of connections of a hybrid device
     reported_cid: int | None = None  #: CID that the guest's kernel reports as its own, if another
     agent_port: int = 0  #: port of the VMM's own agent in the guest; 0: it has none
     scheme: str = ""  #: URL scheme in which the VMM names the agent's address
 
 
-_LIFE = frozenset(
-    {"pause", "resume", "snapshot", "restore", "clone", "kill", "reboot", "change-cid"}
-)
+_RESTARTS = frozenset({"kill", "reboot", "replace", "change-cid"})
+_LIFE = _RESTARTS | {"pause", "resume", "snapshot", "restore", "clone"}
 _FIRECRACKER = Personality(
-    *("firecracker", "1.9.1", Transport.HYBRID),
+    *("firecracker", "1.17", Transport.HYBRID),
     operations=_LIFE - {"change-cid"},
     snapshot=Effect.RESET,
     joins_lines=False,
     half_close=False,
-    remembers_ports=False,
+    vmclock=True,
 )
+_FIRECRACKER_1_10 = replace(_FIRECRACKER, version="1.10", remembers_ports=False, vmclock=False)
 _CLOUD_HYPERVISOR = Personality(
-    *("cloud-hypervisor", "53", Transport.HYBRID), operations=_LIFE, remembers_ports=False
+    *("cloud-hypervisor", "53", Transport.HYBRID),
+    operations=_LIFE,
+    remembers_ports=False,
+    advances_clock=True,
 )
+_CLOUD_HYPERVISOR_52 = replace(
+    _CLOUD_HYPERVISOR, version="52", half_close=False, advances_clock=False
+)
+_CLOUD_HYPERVISOR_47 = replace(_CLOUD_HYPERVISOR_52, version="47", restore=Effect.SILENT)
 _ALL = (
     _FIRECRACKER,
-    replace(_FIRECRACKER, version="1.0", snapshot=Effect.SILENT, restore=Effect.SILENT),
+    replace(_FIRECRACKER, version="1.16", deaf_after_pause=True),
+    replace(_FIRECRACKER, version="1.15"),
+    _FIRECRACKER_1_10,
+    replace(_FIRECRACKER_1_10, version="1.0", snapshot=Effect.SILENT, restore=Effect.SILENT),
     _CLOUD_HYPERVISOR,
-    replace(_CLOUD_HYPERVISOR, version="52", half_close=False),
-    replace(_CLOUD_HYPERVISOR, version="49", half_close=False, restore=Effect.SILENT),
+    _CLOUD_HYPERVISOR_52,
+    _CLOUD_HYPERVISOR_47,
+    replace(_CLOUD_HYPERVISOR_47, version="41", joins_lines=False),
     replace(_CLOUD_HYPERVISOR, name="kata", version="3", agent_port=1024, scheme="hvsock"),
     Personality(
         *("qemu", "7.2", Transport.KERNEL),
-        operations=frozenset({"snapshot", "restore", "clone", "kill", "reboot", "change-cid"}),
+        operations=_LIFE - {"pause", "resume"},
     ),
     Personality("nitro", "1.0", Transport.KERNEL, guest_cid=16, host_cid=NITRO_PARENT_CID),
     Personality("hyperv", "5.15", Transport.KERNEL, reported_cid=VMADDR_CID_ANY),

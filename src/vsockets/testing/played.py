@@ -7,6 +7,7 @@ import json
 import os
 import socket as stdlib
 import subprocess
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -71,6 +72,7 @@ class PlayedMachine:
     host: Attachment  #: the context in which the guest's host is: for Nitro the parent's
     host_cid: int  #: the CID at which the guest reaches its host
     socket: str  #: path of the machine's unix socket; empty without one
+    vmclock: str  #: path of the machine's VMClock, which is a file here; empty without one
     agent: str  #: URL of the hypervisor's own agent (``hvsock://PATH:1024``); empty without one
 
     def __init__(self, fabric: PrivateFabric, api: str, row: dict[str, Any]) -> None:
@@ -87,6 +89,7 @@ class PlayedMachine:
         self.host_cid = row["host_cid"]
         self.socket = row["socket"] or ""
         self.agent = row["agent"] or ""
+        self.vmclock = row["vmclock"] or ""
         folder = self._fabric.folder
         self.context = Attachment(folder / str(self.cid))
         self.host = Attachment(folder / str(self.host_cid))
@@ -156,13 +159,21 @@ class PlayedMachine:
         """Save the machine; return the snapshot's number."""
         return int(self._request("POST", "/snapshot")["snapshot"])
 
-    def restore(self, snapshot: int | None = None) -> None:
+    def restore(self, snapshot: int | None = None, *, asleep: float = 0.0) -> None:
         """Replace the hypervisor's process by one that loads a snapshot, by default the last.
 
         The guest's programs go on where they are; their connections are hit as the hypervisor's
-        version does it.
+        version does it.  ``asleep`` is the time since the snapshot in seconds: if the hypervisor
+        does not advance the guest's clock, :meth:`time` is ahead of it by that much.
         """
-        self._request("POST", "/restore", snapshot=snapshot)
+        self._request("POST", "/restore", snapshot=snapshot, asleep=asleep)
+
+    def time(self) -> float:
+        """Return the host's time, for a host that talks to the guest.
+
+        The guest's clock is that of this computer; after a restore the host's is ahead of it.
+        """
+        return time.time() + float(self.describe()["asleep"])
 
     def clone(self, count: int = 1) -> list[PlayedMachine]:
         """Return new machines from the last snapshot; their guests have no program yet."""
@@ -182,6 +193,14 @@ class PlayedMachine:
         """Start the guest again, without any program."""
         self._end_programs()
         self._request("POST", "/reboot")
+
+    def replace(self) -> None:
+        """End the machine and start another one with the same CID and unix socket.
+
+        It has no program and no snapshot yet.
+        """
+        self._end_programs()
+        self._request("POST", "/replace")
 
     def change_cid(self, cid: int) -> None:
         """Boot the guest again with another CID, without any program."""
