@@ -8,7 +8,7 @@ export VSOCKETS_TRANSPORT = fabric
 # The tests start thousands of processes, each of which would compile what it imports.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo test test-replace test-every-line soak simulate bench site debian-package exhaustion test-arm64 test-containers test-examples test-systemd test-walk test-recipes release clean test-downloads test-site test-pytest test-ordinary-user test-debian-13 test-ruff test-mypy
+.PHONY: demo test test-replace test-every-line soak simulate bench site debian-package exhaustion test-arm64 test-containers test-examples test-guest test-systemd test-walk test-recipes release clean test-downloads test-site test-pytest test-ordinary-user test-debian-13 test-ruff test-mypy
 
 # What a user needs, and no more.
 demo: .venv/usable
@@ -98,6 +98,10 @@ test-examples: .venv/ready
 # The Debian package under systemd, in an emulated Debian 13: three minutes.
 test-systemd: .venv/ready
 	$(BIN)/pytest tests/environments/with_systemd.py --durations=10
+
+# systemd, VMware Tools, cloud-init, ssh and qemu-ga in emulated guests, Debian 13 and 12: some minutes.
+test-guest: .venv/ready
+	$(BIN)/pytest tests/environments/with_systemd_guest.py --durations=10
 
 # From README's install line to its pastes, on Debian 12 and 13 and in a container, timed: a minute.
 test-walk: .venv/ready

@@ -167,6 +167,9 @@ def test_the_tools_are_told_of_suspend_and_resume(
     with PlayedTools(guest, TCLO_PORT) as tools:
         _become_daemon(tools)
         assert tools.receive() == b"OS_Resume"
+        tools.send(encode(b"ERROR State change already in progress"))
+        assert ask(guest, b"tools.os.statechange.status 1 5") == b"1 "
+        assert tools.receive() == b"OS_Resume"
         tools.send(encode(b"OK "))
         refused = vsock.start("context", "suspend", cid)
         assert tools.receive() == b"OS_Suspend"

@@ -23,7 +23,7 @@ from .debian_package import DEPENDENCIES
 from .debian_root import systemd_disk
 
 RELEASE = "trixie"
-PACKAGES = ("systemd-sysv", "dbus", *DEPENDENCIES)
+PACKAGES = ("systemd-sysv", "dbus", "systemd-container", *DEPENDENCIES)
 
 #: The folder of the package's two versions in the machine.
 INSIDE = "/packages"

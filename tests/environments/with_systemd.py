@@ -329,6 +329,30 @@ def test_a_device_of_a_machine(machine: SystemdMachine, kind: str) -> None:
     machine.run("test", "!", "-e", path)
 
 
+REGISTER = """
+import os, subprocess, sys
+from vsockets.vm.machined import RegistrationFailed, machine_name, registered
+name = machine_name("A web server", 5)
+with registered(name, 5, os.getpid()):
+    subprocess.run(["machinectl", "list"], check=True)
+    try:
+        with registered(name, 6, os.getpid()):
+            pass
+    except RegistrationFailed as error:
+        print(error)
+subprocess.run(["machinectl", "list"], check=True)
+"""
+
+
+def test_a_machine_is_registered(machine: SystemdMachine) -> None:
+    """machinectl lists it while the command runs that has registered it."""
+    said = machine.shell(f"systemd-run --quiet --pipe --wait python3 -c {quoted(REGISTER)}")
+    assert said.split()[:4] == ["MACHINE", "CLASS", "SERVICE", "OS"]
+    assert "A-web-server vm    vsock" in said
+    assert "systemd-machined: Register: io.systemd.Machine.MachineExists" in said
+    assert said.rstrip().endswith("No machines.")
+
+
 def test_the_service_of_vmware_tools(machine: SystemdMachine) -> None:
     """A guest is served; variables outlive a replacement and a restart."""
     unit = "vsock-guestinfo"

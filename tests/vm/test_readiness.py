@@ -36,3 +36,25 @@ def test_hostile_reports(vsock_fabric: PrivateFabric, kind: int) -> None:
 
     shown = "\\x1b" * VM_NOTIFY_SHOWN_MAX_CHARACTERS
     assert asyncio.run(receive()) == [f"guest: {shown}"]
+
+
+def test_a_waiting_job_is_shown_once(vsock_fabric: PrivateFabric) -> None:
+    """systemd reports the time that it has waited, twice a second."""
+    guest = vsock_fabric.guest()
+
+    async def receive() -> list[str]:
+        lines: list[str] = []
+        ready = asyncio.Event()
+        with ReadinessReports(vsock_fabric.host, guest.cid, lines.append, ready.set) as reports:
+            texts = [f"STATUS=({n} of 2) Job {n % 2} waits ({n}s / no limit)" for n in range(6)]
+            for text in (*texts, "READY=1"):
+                with vsockets.socket(type=stdlib.SOCK_SEQPACKET, context=guest) as sock:
+                    sock.connect((vsockets.VMADDR_CID_HOST, reports.port))
+                    sock.sendall(text.encode())
+                await asyncio.sleep(0)
+            await asyncio.wait_for(ready.wait(), 20)
+        return lines
+
+    shown = {line.partition("Job ")[2].partition(" (")[0] for line in asyncio.run(receive())}
+    assert shown == {"0 waits", "1 waits"}
+    assert len(asyncio.run(receive())) == 2

@@ -275,6 +275,11 @@ def vm() -> None:
     help="Have the guest's systemd report its start: show it, publish the event ready, and notify "
     "this command's own service manager.",
 )
+@click.option(
+    "--register",
+    is_flag=True,
+    help="Register the machine with systemd-machined: machinectl list shows it.",
+)
 @seconds_option(
     "--grace", default=10.0, help="Time that the guest has to power off when asked, in seconds."
 )
@@ -287,6 +292,7 @@ def run(
     download: bool,
     vmware_tools: bool,
     wait_ready: bool,
+    register: bool,
     grace: float,
     device: Device,
     cid: int | None,
@@ -308,7 +314,7 @@ def run(
     tools = _VMwareTools(described["vmx"]) if vmware_tools else None
     if tools is not None:
         machine = dataclasses.replace(machine, vmware_serial=tools.serial)
-    context.exit(_run(machine, cid, program, grace, extra, tools, wait_ready))
+    context.exit(_run(machine, cid, program, grace, extra, tools, wait_ready, register))
 
 
 @vm.command("args")
@@ -571,10 +577,12 @@ def _run(
     extra: tuple[str, ...],
     tools: _VMwareTools | None,
     wait_ready: bool,
+    register: bool,
 ) -> int:
     import asyncio
 
     from ..vm.machine import MachineFailed, RunningMachine
+    from ..vm.machined import RegistrationFailed, machine_name, registered
 
     with administrator(start=True) as control:
         context = context_of(control, cid, machine.name)
@@ -595,7 +603,10 @@ def _run(
             wait_ready=wait_ready,
             report=notice,
         )
+        name = machine_name(machine.name, found)
+        leader = registered(name, found, os.getpid()) if register else contextlib.nullcontext()
         try:
-            return asyncio.run(running.run())
-        except MachineFailed as error:
+            with leader:
+                return asyncio.run(running.run())
+        except (MachineFailed, RegistrationFailed) as error:
             raise CliError(str(error)) from None

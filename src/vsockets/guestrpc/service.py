@@ -297,11 +297,7 @@ class GuestService:
         decoder = Decoder()
         channel = CommandChannel(writer.write, lambda: self._is_ready(guest, channel))
         try:
-            while data := await _read(
-                reader,
-                decoder.is_within,
-                GUESTRPC_COMMAND_TIMEOUT_SECONDS if channel.is_waiting else None,
-            ):
+            while data := await _read(reader, decoder.is_within):
                 for packet in decoder.feed(data):
                     async with self._turn(guest):
                         guest.heard = time.monotonic()
@@ -318,8 +314,18 @@ class GuestService:
         log.log(logs.NOTICE, "guest %d: VMware Tools are running", guest.cid)
         if guest.is_suspended:  # they have connected again
             guest.is_suspended = False
-            with contextlib.suppress(CommandFailed):
-                channel.command(STATE_CHANGES["resume"], lambda answer: None)
+            self._announce_resume(guest, channel)
+
+    def _announce_resume(self, guest: Guest, channel: CommandChannel) -> None:
+        """Tell the tools of the resume, as soon as their scripts for the suspend have ended."""
+
+        def answered(answer: bytes | CommandFailed) -> None:
+            if isinstance(answer, CommandFailed) and self._channels.get(guest.cid) is channel:
+                guest.changed = functools.partial(self._announce_resume, guest, channel)
+
+        guest.changed = _do_nothing
+        with contextlib.suppress(CommandFailed):
+            channel.command(STATE_CHANGES["resume"], answered)
 
     def _set_option(self, guest: Guest, option: bytes) -> None:
         if channel := self._channels.get(guest.cid):
@@ -432,14 +438,19 @@ class GuestService:
         return str(text.decode(errors="replace"))
 
 
-async def _read(
-    reader: asyncio.StreamReader, is_within: bool, seconds: float | None = None
-) -> bytes:
+def _do_nothing() -> None:
+    pass
+
+
+async def _read(reader: asyncio.StreamReader, is_within: bool) -> bytes:
     """Return the bytes that arrive next, b"" at the end.
 
-    Raises TimeoutError when none arrive in time within a packet, or in ``seconds``.
+    Between packets a guest may be silent for any time, also with a command to answer: the daemon of
+    a guest that is slow or paused may crash when it is disconnected.
+
+    Raises TimeoutError when none arrive in time within a packet.
     """
-    async with asyncio.timeout(GUESTRPC_PACKET_TIMEOUT_SECONDS if is_within else seconds):
+    async with asyncio.timeout(GUESTRPC_PACKET_TIMEOUT_SECONDS if is_within else None):
         return await reader.read(_CHUNK)
 
 

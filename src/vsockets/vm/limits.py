@@ -10,6 +10,9 @@ VM_NOTIFY_MAX_BYTES = 8192
 #: Characters of a report's field that are shown: systemd's own are a line of a terminal.
 VM_NOTIFY_SHOWN_MAX_CHARACTERS = 256
 
+#: Fields shown last that are compared with the next one: systemd names the jobs that wait in turn.
+VM_NOTIFY_REMEMBERED_MAX = 64
+
 #: Reports of a guest that are received at a time, each on a connection of its own, and the seconds
 #: in which each has to end.
 VM_NOTIFY_CONNECTIONS_MAX, VM_NOTIFY_TIMEOUT_SECONDS = 16, 10.0
@@ -39,3 +42,6 @@ VM_AGENT_ERROR_MAX_CHARACTERS = 256
 
 #: MiB of a file that is copied from a guest, if no limit is given: a guest could fill the disk.
 VM_COPY_MAX_MIB = 1024
+
+#: Seconds for systemd-machined to answer, and bytes of its reply, which names an error at most.
+VM_MACHINED_SECONDS, VM_MACHINED_REPLY_MAX_BYTES = 10.0, 65_536

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import re
 import socket as stdlib
+from collections import deque
 from collections.abc import Callable
 from types import TracebackType
 
@@ -23,12 +25,15 @@ from ..socket import socket
 from .limits import (
     VM_NOTIFY_CONNECTIONS_MAX,
     VM_NOTIFY_MAX_BYTES,
+    VM_NOTIFY_REMEMBERED_MAX,
     VM_NOTIFY_SHOWN_MAX_CHARACTERS,
     VM_NOTIFY_TIMEOUT_SECONDS,
 )
 
 #: Attempts to find a port that is free for both kinds of sockets.
 _ATTEMPTS = 20
+
+_IN_PARENTHESES = re.compile(r"\([^)]*\)")
 
 #: Fields that are shown to the user, with the words before their value.
 _SHOWN = {"STATUS": "", "X_SYSTEMD_UNIT_ACTIVE": "active: ", "ERRNO": "error "}
@@ -55,6 +60,7 @@ class ReadinessReports:
         self._report = report
         self._ready = ready
         self._throttle = Throttle(LOG_LINES_PER_SECOND)
+        self._said: deque[str] = deque(maxlen=VM_NOTIFY_REMEMBERED_MAX)
         self._loop = asyncio.get_running_loop()
         self._tasks: set[asyncio.Task[None]] = set()
         self._datagrams, self._listener = _bound(host)
@@ -110,12 +116,21 @@ class ReadinessReports:
         """Handle the fields of one message; unknown ones are ignored, as by systemd."""
         for line in data.decode(errors="replace").split("\n"):
             name, _, value = line.partition("=")
-            if name in _SHOWN and self._throttle.admit(self._cid) is not None:
-                shown = printable(value[:VM_NOTIFY_SHOWN_MAX_CHARACTERS])
-                self._report(f"guest: {_SHOWN[name]}{shown}")
+            if name in _SHOWN:
+                self._show(name, value[:VM_NOTIFY_SHOWN_MAX_CHARACTERS])
             elif line == "READY=1" and not self.is_ready:
                 self.is_ready = True
                 self._ready()
+
+    def _show(self, name: str, value: str) -> None:
+        """Show a field to the user, unless it differs from an earlier one in parentheses only.
+
+        systemd sends the times of a job that waits there, twice a second.
+        """
+        text = _SHOWN[name] + _IN_PARENTHESES.sub("", value)
+        if text not in self._said and self._throttle.admit(self._cid) is not None:
+            self._said.append(text)
+            self._report(f"guest: {_SHOWN[name]}{printable(value)}")
 
 
 def _bound(host: ContextHandle) -> tuple[socket, socket]:
