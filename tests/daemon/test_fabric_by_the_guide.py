@@ -37,6 +37,7 @@ from by_the_guide import (
     Stream,
     World,
 )
+from forms import choose
 from vsockets import Attachment
 from vsockets.testing import PrivateFabric, wait_until
 
@@ -487,7 +488,7 @@ def test_a_real_fabric_agrees_with_the_guide(stage: Stage) -> None:
     run_state_machine_as_test(
         lambda: RealFabric(stage),  # type: ignore[arg-type]  # a function that makes one will do
         settings=settings(
-            max_examples=40,
+            max_examples=choose(15, 40),
             stateful_step_count=40,
             deadline=None,
             derandomize=True,

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from forms import choose
 from vsockets.daemon import handover
 from vsockets.daemon.broker import Broker
 from vsockets.daemon.channel import Channel
@@ -38,7 +39,7 @@ from .virtio_device_world import VirtioDeviceWorld
 from .virtio_world import VirtioWorld
 from .vmci_world import VmciWorld
 
-SECONDS = 16  #: of one core, for all worlds
+SECONDS = choose(6, 16)  #: of one core, for all worlds
 STEPS = 300
 
 Plant = Callable[[pytest.MonkeyPatch], None]
