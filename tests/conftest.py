@@ -9,14 +9,16 @@ import os
 import shutil
 import signal
 import tempfile
-import zlib
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import hypothesis
 import pytest
 
+import costs
 import no_kernel_vsock
+import scheduling
 import traces
 from vsockets.control import Control
 from vsockets.testing.rabbitmq import PrivateRabbitMQ
@@ -47,6 +49,11 @@ if "CI" not in os.environ:  # there Hypothesis has a profile of its own, which r
     hypothesis.settings.load_profile("any-speed")
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Count what the test files cost."""
+    config.pluginmanager.register(costs.Costs())
+
+
 def pytest_sessionstart(session: pytest.Session) -> None:
     """Take note of the working tree; once, and not in each worker."""
     if not hasattr(session.config, "workerinput"):
@@ -54,9 +61,15 @@ def pytest_sessionstart(session: pytest.Session) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Mix the files for parallel workers: those of machines wait, the others compute."""
+    """Order the files for parallel workers."""
     if hasattr(config, "workerinput"):
-        items.sort(key=lambda item: zlib.crc32(item.location[0].encode()))
+        items.sort(key=scheduling.order)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Let one worker run the files that share virtual machines."""
+    return scheduling.scheduler(config, log)
 
 
 @pytest.hookimpl(trylast=True)
