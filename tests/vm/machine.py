@@ -255,6 +255,7 @@ class Machine:
                 import tarfile
                 with connect(port).makefile("rb") as file:
                     with tarfile.open(fileobj=file, mode="r|") as archive: archive.extractall("/")
+                    file.read()  # what follows the archive's end: its sender waits for it
                 """,
                 port=server.getsockname()[1],
             )
