@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -13,7 +14,7 @@ from vsockets.testing import PrivateFabric
 from vsockets.vm.guest_image import KernelImage
 
 from . import downloads, image
-from .machine import Machine
+from .machine import GuestError, Machine
 from .rust_machine import RustMachine
 
 #: The common beginning of the guest programs in these tests.
@@ -130,11 +131,64 @@ def fabric_of_machines() -> Iterator[PrivateFabric]:
         yield fabric
 
 
-@pytest.fixture(scope="session", params=["stable", "newest"])
-def machine(
-    request: pytest.FixtureRequest, stage: Stage, fabric_of_machines: PrivateFabric
-) -> Iterator[Machine]:
-    """A running guest, with Debian 12's kernel and with the newest backport."""
-    with stage.machine(fabric_of_machines, request.param) as machine:
+class Machines:
+    """The running guests that tests share, by kernel and device."""
+
+    def __init__(self, stage: Stage, fabric: PrivateFabric) -> None:
+        self._stage = stage
+        self._fabric = fabric
+        self._running: dict[tuple[str, str], Machine] = {}
+
+    def get(self, kernel: str, device: str = "vmci") -> Machine:
+        """Return a running guest; boot it unless an earlier test has left it in order."""
+        key = kernel, device
+        machine = self._running.pop(key, None)
+        if machine is not None and not _is_in_order(machine):
+            machine.kill()
+            machine = None
+        if machine is None:
+            machine = self._stage.machine(self._fabric, kernel, device=device).__enter__()
+            machine.run(COMMON)
+        self._running[key] = machine
+        return machine
+
+    def close(self) -> None:
+        """Power all guests off."""
+        for machine in self._running.values():
+            machine.kill()
+
+
+def _is_in_order(machine: Machine) -> bool:
+    with contextlib.suppress(GuestError, TimeoutError, OSError):
         machine.run(COMMON)
-        yield machine
+        return True
+    return False
+
+
+def unload(machine: Machine, *modules: str) -> None:
+    """Remove modules that a test has loaded into a guest's kernel."""
+    machine.run(
+        """
+        for name in modules:
+            # A socket holds them for up to eight seconds after its close.
+            deadline = time.monotonic() + 30
+            while os.path.exists(f"/sys/module/{name}/refcnt") and os.system(f"rmmod {name}"):
+                assert time.monotonic() < deadline, open("/proc/modules").read()
+                time.sleep(0.1)
+        """,
+        modules=modules,
+    )
+
+
+@pytest.fixture(scope="session")
+def machines(stage: Stage, fabric_of_machines: PrivateFabric) -> Iterator[Machines]:
+    """The guests that tests share."""
+    machines = Machines(stage, fabric_of_machines)
+    yield machines
+    machines.close()
+
+
+@pytest.fixture(scope="module", params=["stable", "newest"])
+def machine(request: pytest.FixtureRequest, machines: Machines) -> Machine:
+    """A running guest with a VMCI device, with Debian 12's kernel and with the newest backport."""
+    return machines.get(request.param)

@@ -18,7 +18,7 @@ import answers
 from vsockets import VMADDR_CID_HOST, VMADDR_CID_LOCAL
 from vsockets.testing import PrivateFabric
 
-from .conftest import COMMON, Stage
+from .conftest import Machines, unload
 from .image import LOOPBACK
 from .machine import Machine
 
@@ -61,15 +61,17 @@ def collect(machine: Machine, fabric: PrivateFabric) -> str:
     return "".join(printed)
 
 
-def test_table_matches_a_kernel(stage: Stage, tmp_path: Path) -> None:
+def test_table_matches_a_kernel(
+    machines: Machines, fabric_of_machines: PrivateFabric, tmp_path: Path
+) -> None:
     if shutil.which("gcc") is None:
         pytest.skip("gcc not found: apt install the packages of .ci/run")
     program = answers.compile_program(tmp_path)
-    with PrivateFabric() as fabric, stage.machine(fabric, "newest", device="vmci") as machine:
-        machine.run(COMMON)
-        machine.put({"/answers": program.read_bytes()})
-        release = machine.run(_LOAD, modules=LOOPBACK)
-        found = answers.parse(collect(machine, fabric))
+    machine = machines.get("newest")
+    machine.put({"/answers": program.read_bytes()})
+    release = machine.run(_LOAD, modules=LOOPBACK)
+    found = answers.parse(collect(machine, fabric_of_machines))
+    unload(machine, *reversed(LOOPBACK))
     if os.environ.get("VSOCKETS_WRITE_TABLE"):
         answers.TABLE.write_text(_HEADER.format(release) + answers.render(found))
     assert answers.read_table(answers.render(found)) == found

@@ -8,13 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from vsockets.testing import PrivateFabric
 from vsockets.vm import guest_image
 from vsockets.vm.guest_image import Archive, Userland
-
-from . import downloads, image
-from .conftest import Stage
-from .machine import Machine
 
 LOADER = "ld-linux-x86-64.so.2"
 
@@ -77,13 +72,3 @@ def test_files_are_where_programs_look_for_them(
     target = os.readlink(guest / "lib64" / LOADER).removeprefix("/")
     assert (guest / target).read_text() == f"{libraries}/{LOADER}"
     assert (guest / target).with_name("libc.so.6").exists()
-
-
-def test_debian_13(stage: Stage, fabric_of_machines: PrivateFabric) -> None:
-    """Debian 13's kernel, busybox and Python; the guests of all other tests have Debian 12's."""
-    linux, initrd, folder = stage.parts("newest", "virtio")
-    initrd = folder / "initrd"
-    initrd.write_bytes(image.build(linux, "virtio", world=downloads.userland("newest")))
-    with Machine(fabric_of_machines, linux, initrd, folder, device="virtio") as machine:
-        assert machine.run("import sys; result = sys.version_info[:2]") == (3, 13)
-        assert machine.run("import os; result = os.popen('busybox uname').read()") == "Linux\n"

@@ -10,9 +10,8 @@ from pathlib import Path
 import pytest
 
 from vsockets import VMADDR_CID_LOCAL
-from vsockets.testing import PrivateFabric
 
-from .conftest import COMMON, Stage
+from .conftest import Machines, unload
 from .image import LOOPBACK
 from .machine import Machine
 from .remote import CallExecutor
@@ -75,15 +74,12 @@ def files() -> dict[str, bytes]:
 
 
 @pytest.fixture(scope="module")
-def machine(stage: Stage) -> Iterator[Machine]:
-    with (
-        PrivateFabric() as fabric,
-        stage.machine(fabric, "newest", device="virtio") as machine,
-    ):
-        machine.run(COMMON)
-        machine.put(files())
-        machine.run(_LOAD, modules=LOOPBACK)
-        yield machine
+def machine(machines: Machines) -> Iterator[Machine]:
+    machine = machines.get("newest", "virtio")
+    machine.put(files())
+    machine.run(_LOAD, modules=LOOPBACK)
+    yield machine
+    unload(machine, "vsock_loopback")
 
 
 def run(machine: Machine, **environment: str) -> None:

@@ -68,23 +68,21 @@ def restart(machine: Machine, restart_guest: Callable[[], object]) -> None:
     assert works(machine)
 
 
+@pytest.mark.parametrize("machine", ["newest"], indirect=True)
 def test_warm_reboot(machine: Machine) -> None:
     restart(machine, lambda: machine.start("os.system('reboot -f')"))
 
 
-def test_kexec_of_another_kernel(
-    stage: Stage, fabric_of_machines: PrivateFabric, tmp_path: Path
-) -> None:
+@pytest.mark.parametrize("machine", ["stable"], indirect=True)
+def test_kexec_of_another_kernel(machine: Machine, tmp_path: Path) -> None:
     """The device is not told, except that it may no longer access memory."""
-    with stage.machine(fabric_of_machines, "stable") as machine:
-        machine.run(COMMON)
-        program, source = tmp_path / "kexec", Path(__file__).with_name("kexec.c")
-        compile_c("-static", "-o", program, source)
-        paths = dict(zip(("/kexec", "/kernel", "/initrd"), (program, *machine.boots), strict=True))
-        machine.put({name: path.read_bytes() for name, path in paths.items()})
-        command = ["/kexec", "/kernel", "/initrd", COMMAND_LINE]
-        run = "import subprocess; subprocess.run(command, check=True)"
-        restart(machine, lambda: machine.start(run, command=command))
+    program, source = tmp_path / "kexec", Path(__file__).with_name("kexec.c")
+    compile_c("-static", "-o", program, source)
+    paths = dict(zip(("/kexec", "/kernel", "/initrd"), (program, *machine.boots), strict=True))
+    machine.put({name: path.read_bytes() for name, path in paths.items()})
+    command = ["/kexec", "/kernel", "/initrd", COMMAND_LINE]
+    run = "import subprocess; subprocess.run(command, check=True)"
+    restart(machine, lambda: machine.start(run, command=command))
 
 
 class TestMonitor:

@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 
-from vsockets.testing import PrivateFabric
-
 from . import downloads
-from .conftest import COMMON, Stage
+from .conftest import Machines
 from .machine import Machine
 
 pytestmark = pytest.mark.timeout(300)
@@ -68,11 +64,10 @@ print("works", os.getuid())
 
 
 @pytest.fixture(scope="module")
-def machine(stage: Stage) -> Iterator[Machine]:
-    with PrivateFabric() as fabric, stage.machine(fabric, "newest", device="virtio") as machine:
-        machine.run(COMMON)
-        machine.put(downloads.ctypes_library())
-        yield machine
+def machine(machines: Machines) -> Machine:
+    machine = machines.get("newest", "virtio")
+    machine.put(downloads.ctypes_library())
+    return machine
 
 
 @pytest.mark.parametrize("scope", [0, 1])

@@ -11,15 +11,13 @@ import struct
 import termios
 import threading
 import time
-from collections.abc import Iterator
 
 import pytest
 
 import vsockets
 from vsockets import AF_VSOCK
-from vsockets.testing import PrivateFabric
 
-from .conftest import COMMON, Stage
+from .conftest import Machines
 from .exchanges import PATIENCE
 from .machine import Machine
 
@@ -36,13 +34,9 @@ _OWN_PACKET = 1.0
 
 
 @pytest.fixture(scope="module", params=["stable", "backports", "newest"])
-def machine(
-    request: pytest.FixtureRequest, stage: Stage, fabric_of_machines: PrivateFabric
-) -> Iterator[Machine]:
+def machine(request: pytest.FixtureRequest, machines: Machines) -> Machine:
     """A running guest for each kernel."""
-    with stage.machine(fabric_of_machines, request.param, device="virtio") as machine:
-        machine.run(COMMON)
-        yield machine
+    return machines.get(request.param, "virtio")
 
 
 class Sender:

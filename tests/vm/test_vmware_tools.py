@@ -1,4 +1,4 @@
-"""Debian's open-vm-tools in a guest, and ``vsock guestinfo serve``."""
+"""Guests with Debian 12's and 13's programs: their open-vm-tools, and ``vsock guestinfo serve``."""
 
 from __future__ import annotations
 
@@ -78,13 +78,12 @@ def service(
     assert process.returncode == 0
 
 
-@pytest.fixture(params=["stable", "newest"])
+@pytest.fixture(scope="module", params=["stable", "newest"])
 def machine(
     request: pytest.FixtureRequest,
     stage: Stage,
     fabric_of_machines: PrivateFabric,
     service: Service,
-    tmp_path: Path,
 ) -> Iterator[Machine]:
     """A machine with Debian 12's or 13's kernel, programs and tools."""
     linux, _, folder = stage.parts(request.param, "vmci")
@@ -94,12 +93,19 @@ def machine(
         "/sbin/shutdown": _SHUTDOWN,
         "/etc/passwd": b"root:x:0:0:root:/:/bin/sh\nnobody:x:65534:65534::/:/bin/sh\n",
     }
-    initrd = tmp_path / "initrd"
+    initrd = folder / "initrd"
     initrd.write_bytes(image.build(linux, "vmci", files, downloads.userland(request.param)))
     with Machine(fabric_of_machines, linux, initrd, folder, memory=768) as machine:
         service("enable", machine.cid)
         assert machine.run(TOOLS)[1] == "VMware software version 6 (good)\n"
         yield machine
+
+
+def test_programs_of_each_release(machine: Machine) -> None:
+    """The guests of all other tests have Debian 12's busybox and Python."""
+    version = {"stable": (3, 11), "newest": (3, 13)}[machine.kernel]
+    assert machine.run("import sys; result = sys.version_info[:2]") == version
+    assert machine.run("import os; result = os.popen('busybox uname').read()") == "Linux\n"
 
 
 def test_unmodified_tools(machine: Machine, service: Service) -> None:
