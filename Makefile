@@ -8,7 +8,7 @@ export VSOCKETS_TRANSPORT = fabric
 # The tests start thousands of processes, each of which would compile what it imports.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo test test-replace test-every-line soak simulate bench site debian-package exhaustion test-arm64 test-containers test-examples test-guest test-systemd test-walk test-recipes release clean test-downloads test-site test-pytest test-ordinary-user test-debian-13 test-ruff test-mypy
+.PHONY: demo test test-replace test-every-line soak simulate bench site debian-package exhaustion test-arm64 test-containers test-examples test-guest test-systemd test-walk test-recipes test-long release clean test-downloads test-site test-pytest test-ordinary-user test-debian-13 test-ruff test-mypy
 
 # What a user needs, and no more.
 demo: .venv/usable
@@ -30,8 +30,9 @@ test-downloads:
 # Links and cross-references of the documentation, as the generator of the site sees them.
 test-site: site
 
+# A worker more than processors: much of the time a test waits.
 test-pytest:
-	$(BIN)/python tests/retry.py --numprocesses 2 --dist loadfile --no-loadscope-reorder  # much of the time a test waits
+	$(BIN)/python tests/retry.py --numprocesses 3 --dist loadfile --no-loadscope-reorder
 
 # Root runs a part of them again: as an ordinary user, and on Debian 13 if mmdebstrap is installed.
 test-ordinary-user:
@@ -64,6 +65,12 @@ soak: .venv/ready
 # Two thousand seeds of the simulator, two minutes; docs/internals/simulation.md.
 simulate: .venv/ready
 	PYTHONPATH=tests $(BIN)/python -m simulation --seeds 2000
+
+# Tests of which make test runs a short form, whole: four minutes.
+test-long: .venv/ready
+	VSOCKETS_TEST_LONG=1 $(BIN)/pytest --durations=15 tests/amqp/test_survival.py tests/nfs/test_kernel_tree.py \
+		tests/simulation tests/daemon/test_fabric_by_the_guide.py tests/vm/test_vmci.py tests/vm/test_vmci_streams.py \
+		tests/vm/test_virtio.py
 
 # A core suite in an emulated arm64 machine; about ten minutes.
 test-arm64: .venv/ready
