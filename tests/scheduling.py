@@ -20,7 +20,9 @@ _GROUPS = {
     ),
     "RabbitMQ": ("amqp/test_rabbitmq.py", "amqp/test_survival.py", "vm/test_amqp.py"),
 }
-_GROUP_OF = {f"tests/{path}": group for group, paths in _GROUPS.items() for path in paths}
+
+#: The group of each file that has one.
+GROUP_OF = {f"tests/{path}": group for group, paths in _GROUPS.items() for path in paths}
 
 
 def order(item: pytest.Item) -> tuple[bool, str, int]:
@@ -29,7 +31,7 @@ def order(item: pytest.Item) -> tuple[bool, str, int]:
     Tests of machines wait while those of other folders compute.
     """
     path = item.location[0]
-    return path not in _GROUP_OF, _GROUP_OF.get(path, ""), zlib.crc32(path.encode())
+    return path not in GROUP_OF, GROUP_OF.get(path, ""), zlib.crc32(path.encode())
 
 
 def scheduler(config: pytest.Config, log: Any) -> Any:
@@ -39,6 +41,6 @@ def scheduler(config: pytest.Config, log: Any) -> Any:
     class Scheduling(LoadFileScheduling):  # type: ignore[misc]  # it has no types
         def _split_scope(self, nodeid: str) -> str:
             path = nodeid.partition("::")[0]
-            return _GROUP_OF.get(path, path)
+            return GROUP_OF.get(path, path)
 
     return Scheduling(config, log)

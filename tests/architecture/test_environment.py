@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pwd
+import re
 import signal
 import subprocess
 import sys
@@ -13,6 +14,8 @@ from types import ModuleType
 import pytest
 
 import c_compiler
+import costs
+import scheduling
 import traces
 from environments import debian_13, namespace, ordinary_user
 
@@ -104,3 +107,45 @@ def test_signals_that_a_shell_ignores_reach_the_tests_programs(tmp_path: Path) -
 def test_the_parts_of_other_environments_exist(environment: ModuleType) -> None:
     for part in (*environment.PARTS, *environment.OMITTED):
         assert (namespace.TREE / part).exists(), part
+
+
+#: A test of a machine that others share, from the fixtures of tests/vm/conftest.py.
+_SHARING = re.compile(r"def test_\w+\([^)]*(\bmachines: Machines|\bmachine: Machine)\b")
+
+
+def test_one_worker_runs_the_files_that_share_machines() -> None:
+    """Each of its workers would boot them otherwise."""
+    grouped = {path for path in scheduling.GROUP_OF if path.startswith("tests/vm/")}
+    for path in (TESTS / "vm").glob("test_*.py"):
+        text = path.read_text()
+        is_own = "def machine(" in text and "machines: Machines" not in text
+        if _SHARING.search(text) and not is_own:
+            assert f"tests/vm/{path.name}" in grouped, "add it to tests/scheduling.py"
+    assert all((namespace.TREE / path).exists() for path in scheduling.GROUP_OF)
+
+
+@pytest.mark.parametrize("workers", ["0", "2"])
+def test_the_dearest_files_are_named_at_the_end(tmp_path: Path, workers: str) -> None:
+    (tmp_path / "conftest.py").write_text(
+        "import costs\ndef pytest_configure(config): config.pluginmanager.register(costs.Costs())\n"
+    )
+    for number in range(costs.FILES_MIN):
+        (tmp_path / f"test_{number}.py").write_text("def test_it(): pass\n")
+    (tmp_path / "test_dear.py").write_text(
+        "import os\n"
+        "def test_it():\n"
+        "    end = sum(os.times()[:2]) + 0.5\n"
+        "    while sum(os.times()[:2]) < end: pass\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-n", workers],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(TESTS)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = done.stdout.partition("dearest files")[2].splitlines()[1:]
+    files = [row.split()[2] for row in list(filter(None, rows))[: costs.DEAREST]]
+    assert files[0] == "test_dear.py"
+    assert len(set(files)) == costs.DEAREST
