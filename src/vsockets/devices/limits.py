@@ -153,6 +153,11 @@ VMCI_NEXT_WRITE_POLL_SECONDS = 0.0001
 #: (EPROTO). Data in the queue can be read meanwhile.
 VMCI_ATTACH_HOLD_SECONDS = 0.01
 
+#: The same as a multiple of the guest's last reply in the handshake: on a busy machine, a guest
+#: needs much longer than :data:`VMCI_ATTACH_HOLD_SECONDS` for either; and the longest such time.
+VMCI_ATTACH_HOLD_REPLIES = 3
+VMCI_ATTACH_HOLD_MAX_SECONDS = 0.5
+
 #: Time after which a guest that has unread data is notified again, in seconds: a reader may wait
 #: for more bytes than it was notified of (SO_RCVLOWAT).
 VMCI_REMINDER_SECONDS = 0.005

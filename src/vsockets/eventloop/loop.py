@@ -87,6 +87,10 @@ class EventLoop:
         if self._callbacks.pop(fd, None) is not None:
             self._epoll.unregister(fd)
 
+    def time(self) -> float:
+        """Return the time in seconds that timers use."""
+        return monotonic()
+
     def call_later(self, seconds: float, callback: Callable[[], None]) -> Timer:
         """Call ``callback`` once, ``seconds`` from now."""
         timer = Timer(callback)

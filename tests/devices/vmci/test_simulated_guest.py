@@ -15,8 +15,10 @@ import pytest
 from support.vmci_driver import CID, MEMORY, PAGE, SimulatedGuest
 from vsockets.devices.client import ConnectRequest
 from vsockets.devices.limits import VMCI_ATTACH_HOLD_SECONDS, VMCI_QUEUE_PAIRS_MAX
+from vsockets.devices.loop import DeviceLoop
 from vsockets.devices.vfio_user import Region
 from vsockets.devices.vmci.device import Register
+from vsockets.devices.vmci.flow_control import AttachOrdering
 from vsockets.devices.vmci.packets import (
     Code,
     Datagram,
@@ -249,6 +251,16 @@ class TestStreams:
 
         turn_until(guest, is_sent_all)
         assert told == [Kind.WROTE, Kind.SHUTDOWN]
+
+    def test_packets_wait_longer_for_a_slow_guest(self) -> None:
+        loop, sent, early = DeviceLoop(), list[Kind](), list[list[Kind]]()
+        ordering = AttachOrdering(loop, lambda kind, value, offset: sent.append(kind), 1.0)
+        ordering.send(Kind.WROTE, 0, 0)
+        loop.call_later(2 * VMCI_ATTACH_HOLD_SECONDS, lambda: early.append(list(sent)))
+        while not sent:
+            loop.turn()
+        loop.close()
+        assert (early, sent) == ([[]], [Kind.WROTE])
 
     def test_packet_from_the_guest_ends_the_wait(self, guest: SimulatedGuest) -> None:
         stream = guest.connect(1234, 65_536)

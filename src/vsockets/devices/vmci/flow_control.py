@@ -14,7 +14,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from ..limits import VMCI_ATTACH_HOLD_SECONDS
+from ..limits import (
+    VMCI_ATTACH_HOLD_MAX_SECONDS,
+    VMCI_ATTACH_HOLD_REPLIES,
+    VMCI_ATTACH_HOLD_SECONDS,
+)
 from ..loop import DeviceLoop
 from .packets import Kind
 
@@ -117,14 +121,16 @@ class AttachOrdering:
     Linux's driver handles packets of a socket that is in use in separate work items, which can
     overtake each other.  A socket that is still connecting fails with EPROTO when it receives a
     WROTE or SHUTDOWN.  So packets after the device's ATTACH wait until the guest has
-    sent a packet on the stream, or for :data:`VMCI_ATTACH_HOLD_SECONDS`.
+    sent a packet on the stream, or for some time: the longer, the slower the guest is.
     """
 
-    def __init__(self, loop: DeviceLoop, send: Send) -> None:
+    def __init__(self, loop: DeviceLoop, send: Send, latency: float) -> None:
+        """``latency``: seconds for which the guest's last reply of the handshake took."""
         self._send = send
         #: held packets, equal ones once: a second WROTE tells the guest nothing new
         self._held: dict[tuple[Kind, int, int], None] | None = {}
-        loop.call_later(VMCI_ATTACH_HOLD_SECONDS, self.release)
+        hold = max(VMCI_ATTACH_HOLD_SECONDS, VMCI_ATTACH_HOLD_REPLIES * latency)
+        loop.call_later(min(hold, VMCI_ATTACH_HOLD_MAX_SECONDS), self.release)
 
     def send(self, kind: Kind, value: int, offset: int) -> None:
         """Send a packet, now or after the ATTACH was handled."""

@@ -62,6 +62,7 @@ class _Connection:
     timer: Timer | None = None
     request: ConnectRequest | None = None  # of a stream to the guest
     attach_ordering: AttachOrdering | None = None  # of a stream from the guest
+    sent_at = 0.0  # time of the handshake's last packets to the guest
 
     def __init__(self, key: _Key, sock: socket.socket) -> None:
         self.key = key
@@ -298,6 +299,7 @@ class VmciTransport:
         for kind, value, protocol in step.packets:
             self._send(connection.key, kind, value, protocol=protocol)
         if step.handle is None:
+            connection.sent_at = self._loop.time()
             self._restart_timer(connection)
         else:
             self._establish(connection, step.handle, handshake.size, handshake.protocol_v1)
@@ -320,7 +322,9 @@ class VmciTransport:
             self._send(key, kind, value, offset)
 
         if connection.request is None:
-            connection.attach_ordering = AttachOrdering(self._loop, send)
+            connection.attach_ordering = AttachOrdering(
+                self._loop, send, self._loop.time() - connection.sent_at
+            )
             send = connection.attach_ordering.send
 
         def finished() -> None:
