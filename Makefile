@@ -110,7 +110,7 @@ test-systemd: .venv/ready
 test-guest: .venv/ready
 	$(BIN)/pytest tests/environments/with_systemd_guest.py --durations=10
 
-# From README's install line to its pastes, on Debian 12 and 13 and in a container, timed: a minute.
+# From README's install line to its pastes, on Debian 12 and 13 and in a container, timed: two minutes.
 test-walk: .venv/ready
 	PYTHONPATH=tests $(BIN)/python -m environments.walk
 
