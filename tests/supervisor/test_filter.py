@@ -16,10 +16,12 @@ from vsockets._linux.bpf import ALLOW, NOTIFY, refuse
 from vsockets.supervisor import filter as seccomp
 from vsockets.supervisor.arch import ARCHITECTURES, Architecture
 from vsockets.supervisor.filter import (
+    OWN_CALL,
     TRACE_MARK,
     ArgumentCondition,
     Numbers,
     Rule,
+    Rules,
     Served,
     When,
 )
@@ -116,8 +118,52 @@ def ask(machine: Architecture, number: int, *arguments: int) -> int:
 def test_af_vsock_never_reaches_the_kernel(high: int, kind: int, protocol: int) -> None:
     # The kernel reads the lower 32 bits of an int.
     for machine in MACHINES:
-        assert ask(machine, machine.socket, 40 | high << 32, kind, protocol) == NOTIFY
-        assert ask(machine, machine.socketpair, 40 | high << 32, kind) == refuse(95)
+        for made in (seccomp.rules(machine, True), *Rules.of(machine, True)):
+            program = seccomp.assemble(machine, made)
+            family = 40 | high << 32
+            call = SystemCall(machine.socket, (family, kind, protocol, 0, 0, 0))
+            assert run(program, call._replace(architecture=machine.architecture)) == NOTIFY
+            call = SystemCall(machine.socketpair, (family, kind, 0, 0, 0, 0))
+            assert run(program, call._replace(architecture=machine.architecture)) == refuse(95)
+
+
+@given(st.integers(0, 450), st.tuples(*[words] * 6))
+def test_the_first_filter_leaves_nothing_to_the_kernel_that_the_second_does_not(
+    number: int, arguments: tuple[int, ...]
+) -> None:
+    for machine in MACHINES:
+        call = SystemCall(number, arguments, machine.architecture)
+        first, second = (
+            run(seccomp.assemble(machine, made), call) for made in Rules.of(machine, True, True)
+        )
+        assert second <= first
+
+
+def test_the_first_filter_allows_calls_on_sockets(machine: Architecture) -> None:
+    first, _ = Rules.of(machine, True)
+    program = seccomp.assemble(machine, first)
+    for number in (
+        *(machine.accept, machine.accept4, machine.connect, machine.getpeername),
+        *(machine.shutdown, machine.setsockopt, machine.sendto, machine.recvmsg),
+    ):
+        assert run(program, SystemCall(number, (3, 6, 1, 1, 4, 0), machine.architecture)) == ALLOW
+
+
+def test_a_second_filter_comes_before_what_prevents_it(machine: Architecture) -> None:
+    for made in Rules.of(machine, True):
+        program = seccomp.assemble(machine, made)
+
+        def asked(number: int, *arguments: int, program: bytes = program) -> int:
+            padded = (*arguments, *[0] * (6 - len(arguments)))
+            return run(program, SystemCall(number, padded, machine.architecture))
+
+        for request in (0, 16, 0x4206):  # TRACEME, ATTACH, SEIZE
+            assert asked(machine.ptrace, request, 7) == NOTIFY
+        assert asked(machine.ptrace, 7, 7) == ALLOW
+        assert asked(machine.seccomp, 1, 0, 1 << 40) == NOTIFY
+        assert asked(machine.seccomp, 1, 9, 1 << 40, 0, 0, OWN_CALL) == ALLOW
+        assert asked(machine.prctl, 22, 2) == NOTIFY
+        assert asked(machine.prctl, 38, 1) == ALLOW
 
 
 def test_af_vsock_is_refused_by_all_other_ways(machine: Architecture) -> None:

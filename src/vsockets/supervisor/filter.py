@@ -29,6 +29,7 @@ from .._linux.bpf import (
     NOTIFY,
     NUMBER,
     RETURN,
+    SET_MODE_FILTER,
     TRACE,
     TRAP,
     instruction,
@@ -36,6 +37,7 @@ from .._linux.bpf import (
 )
 from ..model.constants import AF_VSOCK
 from .arch import FIRST_X32_CALL, Architecture
+from .ptrace import TRACING_REQUESTS
 
 #: Distinguishes events of the supervisor's filters from those of a program's own.
 TRACE_MARK = 0x7653
@@ -51,6 +53,10 @@ _VHOST_VSOCK_SET_GUEST_CID, _VHOST_VSOCK_SET_RUNNING = 0x4008_AF60, 0x4004_AF61
 #: The ioctl for the bytes that have not reached the peer yet; TIOCOUTQ for terminals.
 SIOCOUTQ = 0x5411
 MSG_ERRQUEUE = 0x2000
+
+#: In seccomp()'s last argument, which has no meaning: the supervisor has the thread make the call.
+OWN_CALL = 0x7653_0001
+_STRICT_MODE, _PR_SET_SECCOMP = 0, 22
 
 #: The commands of fcntl() that copy a descriptor.
 COPYING = (fcntl.F_DUPFD, fcntl.F_DUPFD_CLOEXEC)
@@ -140,33 +146,81 @@ def may_be_opened(device: str = "/dev/vsock") -> bool:
     return stat.S_ISCHR(mode) and mode & _OTHERS_READ_WRITE == _OTHERS_READ_WRITE
 
 
+class Rules(NamedTuple):
+    """The rules of ``vsock run``, for one filter or two.
+
+    No call on a socket needs interception before a program has its first vSockets socket.  So
+    ``first`` has only the calls by which a program gets one, or prevents the second filter from
+    being installed.  ``all`` are those and the calls on sockets.
+    """
+
+    first: list[Rule]
+    all: list[Rule]
+
+    @classmethod
+    def of(cls, machine: Architecture, opens: bool, looks: bool = False) -> Rules:
+        """Return the rules; the arguments are those of :func:`rules`."""
+        creating = _creating_rules(machine, opens, looks)
+        beginning = _beginning_rules(machine)
+        sockets = _socket_rules(machine)
+        return cls(
+            _existing([*creating, *beginning, *_received_rules(machine)]),
+            _existing([*creating, *beginning, *sockets]),
+        )
+
+
 def rules(machine: Architecture, opens: bool, looks: bool = False) -> list[Rule]:
-    """Return the rules of ``vsock run``.
+    """Return the rules of a single filter.
 
     With ``opens``, these include open() of ``/dev/vsock``; with ``looks``, calls such as stat()
     that check for its existence.
     """
-    m, equal, differs = machine, ArgumentCondition.EQUAL, ArgumentCondition.DIFFERS
+    return _existing([*_creating_rules(machine, opens, looks), *_socket_rules(machine)])
+
+
+def _existing(made: list[Rule]) -> list[Rule]:
+    return [rule for rule in made if rule.number >= 0]
+
+
+def _beginning_rules(machine: Architecture) -> list[Rule]:
+    """Return the rules of calls before which the second filter has to be installed.
+
+    A process that is traced, or has a filter of its own, may not be able to install it.
+    """
+    m, equal = machine, ArgumentCondition.EQUAL
+    not_ours = When(5, ArgumentCondition.DIFFERS, OWN_CALL)
+    return [
+        *(Rule(m.ptrace, NOTIFY, (When(0, equal, request),)) for request in TRACING_REQUESTS),
+        Rule(m.seccomp, NOTIFY, (When(0, equal, SET_MODE_FILTER), not_ours)),
+        Rule(m.seccomp, NOTIFY, (When(0, equal, _STRICT_MODE),)),
+        Rule(m.prctl, NOTIFY, (When(0, equal, _PR_SET_SECCOMP),)),
+    ]
+
+
+def _received_rules(machine: Architecture) -> list[Rule]:
+    """Return the rules of calls that a program usually makes first on a socket that it was given.
+
+    A process outside can have given it a vSockets socket.
+    """
+    m = machine
+    options = (socket.SO_DOMAIN, socket.SO_ACCEPTCONN)
+    return [
+        *(Rule(number, NOTIFY) for number in (m.bind, m.listen, m.getsockname)),
+        *(
+            Rule(m.getsockopt, NOTIFY, (When(2, ArgumentCondition.EQUAL, int(option)),))
+            for option in options
+        ),
+    ]
+
+
+def _creating_rules(machine: Architecture, opens: bool, looks: bool) -> list[Rule]:
+    """Return the rules of calls that could reach the machine's own AF_VSOCK."""
+    m, equal = machine, ArgumentCondition.EQUAL
     vsock = When(0, equal, AF_VSOCK)
-    asked = [When(2, equal, int(option)) for option in ASKED_OPTIONS]
-    end_of_record = ArgumentCondition.HAS_BIT, int(socket.MSG_EOR)
-    urgent = int(socket.MSG_OOB)
     plain_open = ArgumentCondition.LACKS_BITS, _OTHER_OPEN_FLAGS
-    made = [
+    return [
         Rule(m.socket, NOTIFY, (vsock,)),
         Rule(m.socketpair, refuse(errno.EOPNOTSUPP), (vsock,)),
-        *(
-            Rule(number, NOTIFY)
-            for number in (
-                *(m.bind, m.listen, m.accept, m.accept4, m.connect),
-                *(m.getsockname, m.getpeername, m.shutdown),
-            )
-        ),
-        # Options of level AF_VSOCK, some of the socket's own, and those of other families, which
-        # are accepted without effect (guide page 8).
-        Rule(m.setsockopt, NOTIFY, (When(1, differs, socket.SOL_SOCKET),)),
-        Rule(m.getsockopt, NOTIFY, (When(1, differs, socket.SOL_SOCKET),)),
-        *(Rule(m.getsockopt, NOTIFY, (option,)) for option in asked),
         *(
             Rule(m.ioctl, NOTIFY, (When(1, equal, request),))
             for request in (IOCTL_VERSION, IOCTL_AF_VALUE, IOCTL_LOCAL_CID)
@@ -175,7 +229,6 @@ def rules(machine: Architecture, opens: bool, looks: bool = False) -> list[Rule]
             Rule(m.ioctl, refuse(errno.EPERM), (When(1, equal, request),))
             for request in (_VHOST_VSOCK_SET_GUEST_CID, _VHOST_VSOCK_SET_RUNNING)
         ),
-        Rule(m.ioctl, NOTIFY, (When(1, equal, SIOCOUTQ),)),
         *(
             [
                 Rule(m.openat, NOTIFY, (When(0, equal, _AT_FDCWD), When(2, *plain_open))),
@@ -195,6 +248,33 @@ def rules(machine: Architecture, opens: bool, looks: bool = False) -> list[Rule]
             if looks
             else []
         ),
+        # A ring would create sockets and open files without system calls.
+        Rule(m.io_uring_setup, refuse(errno.ENOSYS)),
+        Rule(m.io_uring_enter, refuse(errno.ENOSYS)),
+        Rule(m.io_uring_register, refuse(errno.ENOSYS)),
+    ]
+
+
+def _socket_rules(machine: Architecture) -> list[Rule]:
+    """Return the rules of calls on sockets."""
+    m, equal, differs = machine, ArgumentCondition.EQUAL, ArgumentCondition.DIFFERS
+    asked = [When(2, equal, int(option)) for option in ASKED_OPTIONS]
+    end_of_record = ArgumentCondition.HAS_BIT, int(socket.MSG_EOR)
+    urgent = int(socket.MSG_OOB)
+    return [
+        *(
+            Rule(number, NOTIFY)
+            for number in (
+                *(m.bind, m.listen, m.accept, m.accept4, m.connect),
+                *(m.getsockname, m.getpeername, m.shutdown),
+            )
+        ),
+        # Options of level AF_VSOCK, some of the socket's own, and those of other families, which
+        # are accepted without effect (guide page 8).
+        Rule(m.setsockopt, NOTIFY, (When(1, differs, socket.SOL_SOCKET),)),
+        Rule(m.getsockopt, NOTIFY, (When(1, differs, socket.SOL_SOCKET),)),
+        *(Rule(m.getsockopt, NOTIFY, (option,)) for option in asked),
+        Rule(m.ioctl, NOTIFY, (When(1, equal, SIOCOUTQ),)),
         # Ends of records: a unix socket does not carry them.
         Rule(m.sendto, NOTIFY, (When(3, *end_of_record),)),
         Rule(m.sendmsg, NOTIFY, (When(2, *end_of_record),)),
@@ -203,12 +283,7 @@ def rules(machine: Architecture, opens: bool, looks: bool = False) -> list[Rule]
         Rule(m.recvfrom, NOTIFY, (When(3, ArgumentCondition.HAS_BIT, MSG_ERRQUEUE | urgent),)),
         Rule(m.sendmsg, NOTIFY, (When(2, ArgumentCondition.HAS_BIT, urgent),)),
         Rule(m.sendto, NOTIFY, (When(3, ArgumentCondition.HAS_BIT, urgent),)),
-        # A ring would create sockets and open files without system calls.
-        Rule(m.io_uring_setup, refuse(errno.ENOSYS)),
-        Rule(m.io_uring_enter, refuse(errno.ENOSYS)),
-        Rule(m.io_uring_register, refuse(errno.ENOSYS)),
     ]
-    return [rule for rule in made if rule.number >= 0]
 
 
 def traced_rules(machine: Architecture, kind: Served, numbers: Numbers) -> list[Rule]:

@@ -32,6 +32,7 @@ import ctypes
 import errno
 import os
 import signal
+import time
 from collections import deque
 from collections.abc import Callable
 from enum import Enum, auto
@@ -63,6 +64,35 @@ _PRIVATE_ANONYMOUS, _READ_WRITE = 0x22, 3
 _DUPLICATE = 1030  # F_DUPFD_CLOEXEC of fcntl()
 _NO_DESCRIPTOR = (1 << 64) - 1
 SCRATCH_SIZE = 4096
+#: Seconds in which an interrupted thread has to stop, in which one has to stop that waits in
+#: vfork(), and between two looks whether it has.
+_STOP_SECONDS, _VFORK_SECONDS, _LOOK_SECONDS = 1.0, 0.01, 0.0001
+
+
+def stops_soon(number: int) -> bool:
+    """Wait until the status of an interrupted thread has changed; return False if it does not.
+
+    A parent in vfork() stops after its child has executed a program, for which the child may need
+    the supervisor.  A thread that the kernel does not schedule is waited for longer.
+    """
+    began = time.monotonic()
+    options = os.WEXITED | os.WSTOPPED | os.WNOHANG | os.WNOWAIT | WAIT_FOR_ALL
+    with contextlib.suppress(ChildProcessError):  # reported by the wait that follows
+        while os.waitid(os.P_PID, number, options) is None:
+            waited = time.monotonic() - began
+            if waited > _STOP_SECONDS or (waited > _VFORK_SECONDS and _is_in_vfork(number)):
+                return False
+            time.sleep(_LOOK_SECONDS)
+    return True
+
+
+def _is_in_vfork(number: int) -> bool:
+    """Return whether a thread sleeps and cannot be interrupted."""
+    try:
+        with open(f"/proc/{number}/stat", "rb") as stat:
+            return stat.read().rpartition(b")")[2][1:2] == b"D"
+    except OSError:
+        return False
 
 
 class Place(Enum):
@@ -173,6 +203,8 @@ class Injector:
         if any(number == thread.number for number, _ in self.unread):
             raise OSError(errno.EAGAIN, os.strerror(errno.EAGAIN))
         self._request(self._ptrace.interrupt, thread)
+        if not stops_soon(thread.number):  # its stop is handled when it is reported
+            raise OSError(errno.EAGAIN, os.strerror(errno.EAGAIN))
         stop = self._next_stop(thread)
         if stop.event is Event.GROUP_STOP:  # reported again when the thread is let go
             thread.is_group_stopped = True
@@ -180,19 +212,23 @@ class Injector:
             # Another event came first, which is handled in its turn; the interrupt follows it.
             self.unread.append((thread.number, self._last_status))
             raise OSError(errno.EAGAIN, os.strerror(errno.EAGAIN))
+        if not self.stopped_anywhere(thread):
+            self.go_on(thread)
+            raise OSError(errno.EAGAIN, os.strerror(errno.EAGAIN))
+
+    def stopped_anywhere(self, thread: StoppedThread) -> bool:
+        """Note that a thread was interrupted; return whether it can make calls now."""
         thread.place = Place.AT_STOP
         thread.saved = self._registers(thread)
         here = thread.saved.instruction
         for instruction in (here - len(self._ptrace.trap), thread.space.instruction):
             if instruction != here and self._is_trap(thread, instruction):
                 thread.instruction = instruction
-                return
+                return True
         # On arm64 a thread that waits in a call stops at the call's own instruction, to make it
         # again.  Another call from there can become that one: the kernel may prepare its restart.
         thread.instruction = self.find_trap(thread.number)
-        if not thread.instruction:
-            self.go_on(thread)
-            raise OSError(errno.EAGAIN, os.strerror(errno.EAGAIN))
+        return thread.instruction != 0
 
     def find_trap(self, pid: int) -> int:
         """Return the address of a system call instruction in the vDSO of a process, or 0."""
@@ -267,6 +303,12 @@ class Injector:
             arguments = (0, SCRATCH_SIZE, _READ_WRITE, _PRIVATE_ANONYMOUS, _NO_DESCRIPTOR, 0)
             thread.space.scratch = self.checked(thread, self._machine.mmap, *arguments)
         return thread.space.scratch
+
+    def unmap_scratch(self, thread: StoppedThread) -> None:
+        """Have a thread unmap the supervisor's page."""
+        if thread.space.scratch:
+            self.call(thread, self._machine.munmap, thread.space.scratch, SCRATCH_SIZE)
+            thread.space.scratch = 0
 
     def write_scratch(self, thread: StoppedThread, data: bytes) -> int:
         """Write ``data`` to the supervisor's page in a thread's memory; return the page's address.

@@ -82,6 +82,9 @@ class Surroundings(NamedTuple):
     serves_data: Callable[[int, int], bool]
     #: Called with each traced thread that a signal has stopped with its process.
     on_group_stop: Callable[[int], None]
+    #: The rules of the filter to install before the program gets its first vSockets socket; empty
+    #: if the first filter has all.
+    second: Sequence[Rule] = ()
 
 
 class Interceptor(Protocol):
@@ -116,6 +119,14 @@ class Interceptor(Protocol):
         must not happen is never let through.
 
         Raises CallInterrupted if the call no longer waits.
+        """
+
+    def begin_socket_calls(self, call: InterceptedCall) -> bool:
+        """Return whether calls on sockets are intercepted in all processes of the program.
+
+        If False, their interception has begun, and the thread repeats ``call`` afterwards.
+
+        Raises OSError(EPERM) if it is not possible, CallInterrupted if the call no longer waits.
         """
 
     def create_socket(
@@ -218,6 +229,12 @@ class Mechanism(Protocol):
         Returns the descriptors that the supervisor needs.
 
         Raises OSError if the kernel refuses the filter.
+        """
+
+    def may_install_later(self, architecture: Architecture, pid: int) -> bool:
+        """Return whether the program's process can get a second filter from the supervisor.
+
+        The process ``pid`` is a child of this one, and waits in a system call.
         """
 
     def intercept(self, descriptors: Sequence[int], surroundings: Surroundings) -> Interceptor:

@@ -29,8 +29,9 @@ from .._linux.libc import check, end_with_parent, libc
 from .._linux.rlimit import allow_many_descriptors
 from ..attachment import Attachment
 from .arch import this_architecture
-from .filter import may_be_opened, rules
+from .filter import Rules, may_be_opened, rules
 from .interception import Interceptor, Mechanism
+from .process import inherited_sockets
 from .ptrace import WAIT_FOR_ALL
 from .supervisor import Supervisor
 
@@ -43,6 +44,7 @@ _WAIT_OPTIONS = os.WUNTRACED | os.WCONTINUED | WAIT_FOR_ALL
 #: A message between front and supervisor: its kind, and a signal, wait status or process group.
 MESSAGE = struct.Struct("=ci")
 #: From the program's process to the supervisor, and back: whether it can begin.
+_IN_TWO_STEPS, _AT_ONCE = b"2", b"1"
 _INSTALLED, _ERRNO = b"i", struct.Struct("=i")
 STOPPED, ENDED, SIGNAL, CONTINUED = b"S", b"E", b"K", b"C"
 
@@ -119,7 +121,9 @@ def launch(
     front.close()
     _prctl(_PR_SET_CHILD_SUBREAPER, 1)
     opens = not may_be_opened()
-    made = rules(machine, opens, looks=opens and device)
+    made = Rules.of(machine, opens, looks=opens and device)
+    # An inherited socket may be a vSockets socket, on which calls are to be intercepted at once.
+    in_two_steps = not inherited_sockets(socket.AF_UNIX)
     ours, theirs = socket.socketpair()
     program_pid = os.fork()
     if program_pid == 0:
@@ -128,7 +132,10 @@ def launch(
         if lifeline is not None:
             os.close(lifeline)
         end_with_parent()
-        descriptors = mechanism.install(machine, made)
+        has_second = theirs.recv(1) == _IN_TWO_STEPS
+        descriptors = mechanism.install(
+            machine, made.first if has_second else rules(machine, opens, looks=opens and device)
+        )
         socket.send_fds(theirs, [_INSTALLED], descriptors)
         for fd in descriptors:
             os.close(fd)
@@ -141,9 +148,12 @@ def launch(
         become()
     theirs.close()
     program = _Program(program_pid, back, ends_all=keeper is not None)
+    in_two_steps = in_two_steps and mechanism.may_install_later(machine, program_pid)
+    ours.send(_IN_TWO_STEPS if in_two_steps else _AT_ONCE)
+    second = made.all if in_two_steps else ()
     _run_supervisor(
         lambda descriptors: Supervisor(
-            machine, mechanism, descriptors, context, program.on_group_stop
+            machine, mechanism, descriptors, context, program.on_group_stop, second
         ),
         program,
         ours,

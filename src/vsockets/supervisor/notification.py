@@ -29,6 +29,7 @@ from .filter import Rule, Served, assemble
 from .interception import CallInterrupted, InterceptedCall, Interruption, Surroundings
 from .limits import SUPERVISOR_SIGNAL_POLL_SECONDS, SUPERVISOR_SIGNAL_WAIT_SECONDS
 from .scheduler import pause
+from .second_filter import SecondFilter, may_stop
 from .tracing import TracedCall, Tracer
 
 log = logging.getLogger(__name__)
@@ -50,9 +51,14 @@ _ADD_AND_ANSWER = 2
 
 _NEW_LISTENER = 8
 
+#: A call no longer waits, or its listener is closed.
+_ENDED = (FileNotFoundError, ValueError)
+
 #: Answers kept for threads that were interrupted before they had them: such a thread repeats the
 #: call at once or never.
 _KEPT_ANSWERS = 1024
+#: Attempts to install the second filter, and seconds between two.
+_BEGIN_ATTEMPTS, _BEGIN_SECONDS = 1000, 0.001
 #: Attempts to intercept data calls before the first program begins, and seconds between two.
 _ATTEMPTS, _ATTEMPT_SECONDS = 1000, 0.001
 
@@ -87,6 +93,14 @@ def install(machine: Architecture, program: bytes, flags: int = _NEW_LISTENER) -
     return listener
 
 
+class NotifiedCall(InterceptedCall):
+    """A call that a filter has reported to its listener."""
+
+    __slots__ = ("listener",)
+
+    listener: Listener
+
+
 class Listener:
     """The supervisor's end of a filter.  Owns the descriptor."""
 
@@ -105,7 +119,12 @@ class Listener:
         """
         return self._fd
 
-    def receive(self) -> InterceptedCall:
+    def close(self) -> None:
+        """Close the listener: calls that wait are interrupted, and new ones fail with ENOSYS."""
+        os.close(self._fd)
+        self._fd = -1
+
+    def receive(self) -> NotifiedCall:
         """Return the next call; block until there is one.
 
         Raises CallInterrupted if a signal has interrupted the call since the listener was readable.
@@ -118,13 +137,15 @@ class Listener:
         id_, pid, _, number, architecture, instruction, *arguments = _NOTIFICATION.unpack(
             self._buffer
         )
-        return InterceptedCall(id_, pid, number, architecture, instruction, tuple(arguments))
+        call = NotifiedCall(id_, pid, number, architecture, instruction, tuple(arguments))
+        call.listener = self
+        return call
 
     def is_valid(self, id_: int) -> bool:
         """Return whether a call still waits."""
         try:
             fcntl.ioctl(self._fd, _IS_VALID, _ID.pack(id_))
-        except FileNotFoundError:
+        except _ENDED:
             return False
         return True
 
@@ -159,22 +180,22 @@ class Listener:
         request = _ADD_DESCRIPTOR.pack(id_, flags, fd, 0, os.O_CLOEXEC if close_on_exec else 0)
         try:
             added: int = fcntl.ioctl(self._fd, _ADD, bytearray(request))
-        except (FileNotFoundError, ProcessLookupError):
+        except (*_ENDED, ProcessLookupError):
             # ESRCH: a signal interrupted the call while the descriptor was being added.
             raise CallInterrupted from None
         return added
 
     def _respond(self, response: bytes) -> None:
         try:
-            fcntl.ioctl(self._fd, _SEND, bytearray(response))
-        except FileNotFoundError:
+            fcntl.ioctl(self._fd, _SEND, response)
+        except _ENDED:
             raise CallInterrupted from None
 
 
 class _KeptAnswer(NamedTuple):
     """An answer kept for a thread that may repeat the call, because a signal came first."""
 
-    call: InterceptedCall
+    call: NotifiedCall
     value: int
     deadline: float  #: ``time.monotonic`` when it is given despite pending signals
 
@@ -182,15 +203,20 @@ class _KeptAnswer(NamedTuple):
 class _Suspended(NamedTuple):
     """A call whose handler waits."""
 
-    call: InterceptedCall
+    call: NotifiedCall
     interrupted: Callable[[], None]
 
 
 class NotificationInterceptor:
-    """An interceptor that uses a listener, and a tracer for data calls."""
+    """An interceptor that uses listeners, and a tracer for data calls.
+
+    A program has one listener until it gets its first vSockets socket, and then one for each
+    process that it has at that time, with the children of that process
+    (:mod:`.second_filter`).
+    """
 
     def __init__(self, listener: Listener, surroundings: Surroundings) -> None:
-        self._listener = listener
+        self._listeners: set[Listener] = set()
         self._processes = surroundings.processes
         self._scheduler = surroundings.scheduler
         self._argument_counts = surroundings.argument_counts
@@ -205,26 +231,51 @@ class NotificationInterceptor:
         self._suspended: dict[int, _Suspended] = {}  # by thread
         self._kept: OrderedDict[int, _KeptAnswer] = OrderedDict()  # by thread
         self._reported_untraced: set[tuple[int, Served]] = set()  # with the process
-        #: Whether processes are left under the filter.
-        self.is_running = True
+        #: The listener of a filter that does not intercept calls on sockets, if that is in force.
+        self._first: Listener | None = None
+        self._second: SecondFilter | None = None
+        #: Calls that wait until the second filter is installed.
+        self._beginning: list[InterceptedCall] = []
         self.unread: deque[tuple[int, int]] = deque()
-        self._scheduler.watch_directly(listener.fileno(), self._on_listener)
+        if surroundings.second:
+            machine = surroundings.architecture
+            program = assemble(machine, surroundings.second)
+            self._first = listener
+            self._second = SecondFilter(machine, self._processes, program)
+            self.unread = self._second.unread
+        self._watch(listener)
+
+    @property
+    def is_running(self) -> bool:
+        """True while a process is left under the filter."""
+        return bool(self._listeners)
+
+    def _watch(self, listener: Listener) -> None:
+        self._listeners.add(listener)
+        self._scheduler.watch_directly(
+            listener.fileno(), lambda events: self._on_listener(listener, events)
+        )
+
+    def _close(self, listener: Listener) -> None:
+        self._listeners.discard(listener)
+        self._scheduler.unwatch_directly(listener.fileno())
+        listener.close()
 
     # Calls
 
-    def _on_listener(self, events: int) -> None:
+    def _on_listener(self, listener: Listener, events: int) -> None:
         if events & select.POLLIN:
             try:
-                call = self._listener.receive()
+                call = listener.receive()
             except (CallInterrupted, InterruptedError):
                 return
             if (self._suspended or self._kept) and self._is_repeated(call):
                 return
             self._deliver(call)
         elif events & (select.POLLHUP | select.POLLERR):
-            self.is_running = False
+            self._close(listener)
 
-    def _is_repeated(self, call: InterceptedCall) -> bool:
+    def _is_repeated(self, call: NotifiedCall) -> bool:
         """Return whether a thread repeats a call that is being served, or has its answer."""
         used = self._argument_counts.get(call.number)
         if used is None:  # of another architecture
@@ -232,7 +283,7 @@ class NotificationInterceptor:
         suspended = self._suspended.get(call.pid)
         if suspended is not None:
             if suspended.call.is_repeated_by(call, used):
-                suspended.call.id = call.id
+                suspended.call.id, suspended.call.listener = call.id, call.listener
                 return True
             del self._suspended[call.pid]
             suspended.interrupted()
@@ -246,21 +297,24 @@ class NotificationInterceptor:
         """Return whether the listener, or the tracer, still holds a call."""
         if isinstance(call, TracedCall):
             return self._tracer.is_waiting(call)
-        return self._listener.is_valid(call.id)
+        assert isinstance(call, NotifiedCall)
+        return call.listener.is_valid(call.id)
 
     def answer(self, call: InterceptedCall, value: int) -> None:
         """Answer a call; the answer is lost if a signal has woken the thread already."""
         if isinstance(call, TracedCall):
             self._tracer.answer(call.thread, value)
         else:
-            self._listener.answer(call.id, value)
+            assert isinstance(call, NotifiedCall)
+            call.listener.answer(call.id, value)
 
     def let_through(self, call: InterceptedCall) -> None:
         """Let the kernel perform a call."""
         if isinstance(call, TracedCall):
             self._tracer.let_through(call.thread)
         else:
-            self._listener.let_through(call.id)
+            assert isinstance(call, NotifiedCall)
+            call.listener.let_through(call.id)
 
     def suspend(
         self,
@@ -274,6 +328,7 @@ class NotificationInterceptor:
             self._tracer.sleep(call.thread, restarts, interrupted)
         else:
             # The kernel interrupts and restarts the call itself.
+            assert isinstance(call, NotifiedCall)
             self._suspended[call.pid] = _Suspended(call, interrupted)
 
     def resume(self, call: InterceptedCall, run: Callable[[], None]) -> bool:
@@ -282,6 +337,42 @@ class NotificationInterceptor:
         if suspended is not None and suspended.call is call:
             del self._suspended[call.pid]
         return True
+
+    # The second filter
+
+    def begin_socket_calls(self, call: InterceptedCall) -> bool:
+        """Return whether the second filter is installed; otherwise begin to install it.
+
+        The thread repeats ``call`` because it is stopped meanwhile.
+        """
+        if self._first is None:
+            return True
+        self._beginning.append(call)
+        if len(self._beginning) == 1:
+            self._install_second(_BEGIN_ATTEMPTS)
+        return False
+
+    def _install_second(self, attempts: int) -> None:
+        first, second = self._first, self._second
+        assert first is not None and second is not None
+        listeners = second.install(lambda: self._close(first))
+        if listeners is not None:
+            self._first = None
+            self._beginning.clear()
+            for fd in listeners:
+                self._watch(Listener(fd))
+            return
+        self._beginning = [call for call in self._beginning if self.is_waiting(call)]
+        if not self._beginning:
+            return
+        if attempts > 1:
+            self._scheduler.add(pause(_BEGIN_SECONDS), lambda _: self._install_second(attempts - 1))
+            return
+        log.warning("cannot intercept calls on sockets: a thread of the program does not stop")
+        refused, self._beginning = self._beginning, []
+        for call in refused:
+            with contextlib.suppress(CallInterrupted):
+                self.answer(call, -errno.EPERM)
 
     # Answers that must not be lost
 
@@ -294,6 +385,7 @@ class NotificationInterceptor:
 
     @staticmethod
     def _keeping(call: InterceptedCall, value: int) -> _KeptAnswer:
+        assert isinstance(call, NotifiedCall)
         return _KeptAnswer(call, value, time.monotonic() + SUPERVISOR_SIGNAL_WAIT_SECONDS)
 
     def _give(self, answer: _KeptAnswer) -> None:
@@ -306,7 +398,7 @@ class NotificationInterceptor:
         call = answer.call
         if not self._processes.has_signal(call.pid) or time.monotonic() >= answer.deadline:
             try:
-                self._listener.answer(call.id, answer.value)
+                call.listener.answer(call.id, answer.value)
                 return
             except CallInterrupted:
                 pass
@@ -356,10 +448,11 @@ class NotificationInterceptor:
         self, call: InterceptedCall, fd: int, close_on_exec: bool, data_calls: Served | None
     ) -> None:
         """Give the process a copy of ``fd``; for ``data_calls``, trace the process from then on."""
+        assert isinstance(call, NotifiedCall)
         if data_calls is None or not self._may_trace(call, data_calls, is_new=True):
-            self._listener.answer_with_descriptor(call.id, fd, close_on_exec)
+            call.listener.answer_with_descriptor(call.id, fd, close_on_exec)
             return
-        number = self._listener.add_descriptor(call.id, fd, close_on_exec)
+        number = call.listener.add_descriptor(call.id, fd, close_on_exec)
         if self._tracer.covers(call.pid, data_calls, number):
             self.conclude(call, number)
         else:
@@ -429,9 +522,7 @@ class NotificationInterceptor:
         name = self._processes.executable(call.pid)
         text = f"{name} may not be traced (Yama's ptrace_scope, or it has a tracer): {effect}"
         with contextlib.suppress(OSError):  # it has ended, or has no standard error
-            self._processes.report(
-                call.pid, text, self.duplicate, lambda: self._listener.is_valid(call.id)
-            )
+            self._processes.report(call.pid, text, self.duplicate, lambda: self.is_waiting(call))
 
     # The programs
 
@@ -458,6 +549,8 @@ class NotificationInterceptor:
 
     def on_wait_status(self, pid: int, status: int) -> bool:
         """Pass what waitpid() reports to the tracer."""
+        if self._second is not None and self._second.on_wait_status(pid, status):
+            return True
         return self._tracer.on_wait_status(pid, status)
 
 
@@ -467,6 +560,10 @@ class NotificationMechanism:
     def install(self, architecture: Architecture, rules: Sequence[Rule]) -> list[int]:
         """Install the filter, and return its listener."""
         return [install(architecture, assemble(architecture, rules))]
+
+    def may_install_later(self, architecture: Architecture, pid: int) -> bool:
+        """Return whether this process may trace the program's."""
+        return may_stop(architecture, pid)
 
     def intercept(
         self, descriptors: Sequence[int], surroundings: Surroundings

@@ -27,6 +27,7 @@ _GETREGSET, _SETREGSET = 0x4204, 0x4205
 _INTERRUPT, _LISTEN = 0x4207, 0x4208
 #: The requests that begin to trace a process.
 PTRACE_TRACEME, PTRACE_ATTACH, PTRACE_SEIZE = 0, 16, 0x4206
+TRACING_REQUESTS = (PTRACE_TRACEME, PTRACE_ATTACH, PTRACE_SEIZE)
 _GETSIGMASK, _SETSIGMASK = 0x420A, 0x420B
 _GET_SYSCALL_INFO = 0x420E
 
@@ -239,9 +240,12 @@ class Ptrace:
         """
         self._request(PTRACE_SEIZE, thread, 0, options)
 
-    def detach(self, thread: int) -> None:
-        """Stop tracing a stopped thread, which then runs."""
-        self._request(_DETACH, thread)
+    def detach(self, thread: int, number: int = 0) -> None:
+        """Stop tracing a stopped thread, which then runs.
+
+        The signal ``number`` is delivered unless it is 0.
+        """
+        self._request(_DETACH, thread, 0, number)
 
     def interrupt(self, thread: int) -> None:
         """Stop a thread, with :attr:`Event.STOP` unless another event comes first."""

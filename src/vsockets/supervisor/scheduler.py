@@ -78,17 +78,12 @@ def pause(seconds: float) -> Wait:
 Resume = Callable[[bool], None]
 
 
-def _ignore(events: int) -> None:
-    """Ignore events; the callback while no descriptor is watched directly."""
-
-
 class CoroutineScheduler:
     """One epoll, and the coroutines and callbacks that wait for its events."""
 
     def __init__(self) -> None:
         self._poll = select.poll()
-        self._direct = -1
-        self._on_direct: Callable[[int], None] = _ignore
+        self._direct: dict[int, Callable[[int], None]] = {}
         self._epoll = select.epoll()
         self._poll.register(self._epoll.fileno(), select.POLLIN)
         # The standard library's epoll reports descriptors, which are closed and reused here; keys
@@ -107,14 +102,19 @@ class CoroutineScheduler:
         self._next = count(1)
 
     def watch_directly(self, fd: int, callback: Callable[[int], None]) -> None:
-        """Call ``callback(events)`` whenever one descriptor, the busiest, is readable or hung up.
+        """Call ``callback(events)`` whenever ``fd``, one of the busiest, is readable or hung up.
 
         The descriptor is polled beside the epoll: through an epoll, the thread that makes a
         notified system call would not hand over its processor (SECCOMP_USER_NOTIF_FD_SYNC_WAKE_UP),
         which saves most of the time.
         """
-        self._direct, self._on_direct = fd, callback
+        self._direct[fd] = callback
         self._poll.register(fd, select.POLLIN)
+
+    def unwatch_directly(self, fd: int) -> None:
+        """Stop watching ``fd``, which is still open."""
+        del self._direct[fd]
+        self._poll.unregister(fd)
 
     def watch(self, fd: int, callback: Callable[[int], None], events: int = select.EPOLLIN) -> int:
         """Call ``callback(events)`` whenever ``fd`` is readable or hung up.
@@ -183,9 +183,10 @@ class CoroutineScheduler:
     def poll(self) -> None:
         """Wait for the next events, and run the callbacks and coroutines that wait for them."""
         for fd, events in self._poll.poll(self._until_next_timer() if self._timers else None):
-            if fd == self._direct:
-                self._on_direct(events)
-            else:
+            callback = self._direct.get(fd)
+            if callback is not None:
+                callback(events)
+            elif fd == self._epoll.fileno():
                 self._poll_others()
         if not self._timers:
             return

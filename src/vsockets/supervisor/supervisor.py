@@ -20,7 +20,7 @@ from .arch import Architecture
 from .call import Answer, Call, QuickHandler, Services, Serving, SocketHandler
 from .calls import ARGUMENTS, CHECKING, HANDLERS, PATHS, QUICK_HANDLERS, SOCKET_HANDLERS
 from .calls.creating import DEVICE
-from .filter import Served
+from .filter import Rule, Served
 from .interception import (
     CallInterrupted,
     InterceptedCall,
@@ -58,8 +58,12 @@ class Supervisor:
         descriptors: Sequence[int],
         context: Attachment,
         on_group_stop: Callable[[int], None],
+        second: Sequence[Rule] = (),
     ) -> None:
-        """Start interception; ``descriptors`` come from ``mechanism``'s other half."""
+        """Start interception; ``descriptors`` come from ``mechanism``'s other half.
+
+        ``second`` are the rules of :attr:`.Surroundings.second`.
+        """
         self._architecture = architecture
         self.scheduler = CoroutineScheduler()
         self._processes = Processes(architecture)
@@ -80,7 +84,9 @@ class Supervisor:
             self._serve,
             self._serves_data,
             on_group_stop,
+            second,
         )
+        self._beginning = {architecture.ptrace, architecture.seccomp, architecture.prctl}
         self.interceptor = mechanism.intercept(descriptors, surroundings)
         self._vsockd = VsockdClient(context)
         self._ports = PortHolders(self._vsockd, self.scheduler, self._lose_port)
@@ -165,17 +171,7 @@ class Supervisor:
         pid, number = intercepted.pid, intercepted.number
         serve = self._socket_handlers.get(number)
         if serve is None:
-            path = self._paths.get(number)
-            # Most calls are about other files: look at the path first.  If it is changed
-            # afterwards, the program gets the machine's device, whose only use is by ioctls that
-            # are intercepted on every descriptor.
-            if path is not None and not self._processes.begins_with(
-                pid, intercepted.arguments[path], DEVICE
-            ):
-                self.interceptor.let_through(intercepted)
-                return
-            call = Call(self._services, intercepted)
-            self._start(call, self._handlers[number](call))
+            self._dispatch_other(intercepted)
             return
         inode = self._inode_of(pid, intercepted.arguments[0])
         if inode is None:  # not a socket, or not open: the kernel has the right error
@@ -198,6 +194,25 @@ class Supervisor:
             elif number not in self._checking:
                 call.check()
             self._begin(call, endpoint, serve)
+
+    def _dispatch_other(self, intercepted: InterceptedCall) -> None:
+        """Serve a call whose first argument is not a socket."""
+        pid, number = intercepted.pid, intercepted.number
+        path = self._paths.get(number)
+        # Most calls are about other files: look at the path first.  If it is changed
+        # afterwards, the program gets the machine's device, whose only use is by ioctls that
+        # are intercepted on every descriptor.
+        if path is not None and not self._processes.begins_with(
+            pid, intercepted.arguments[path], DEVICE
+        ):
+            self.interceptor.let_through(intercepted)
+            return
+        if number in self._beginning:
+            if self.interceptor.begin_socket_calls(intercepted):
+                self.interceptor.let_through(intercepted)
+            return
+        call = Call(self._services, intercepted)
+        self._start(call, self._handlers[number](call))
 
     def _inode_of(self, pid: int, descriptor: int) -> int | None:
         return inode_in(self._processes.what_is(pid, descriptor & 0xFFFF_FFFF))
@@ -292,6 +307,8 @@ class Supervisor:
         with contextlib.suppress(OSError):
             fd = self.interceptor.duplicate(call.pid, call.integer(0))
             endpoint = await self._identify(fd, inode, call.check)
+        if endpoint is not None and not self.interceptor.begin_socket_calls(call.intercepted):
+            return None
         self._sockets.add(inode, endpoint)
         if endpoint is None:
             call.let_through()

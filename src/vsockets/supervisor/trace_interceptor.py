@@ -29,6 +29,7 @@ from .filter import (
     COPYING,
     MARKED_TRACE,
     MARKED_TRAP,
+    OWN_CALL,
     TRACE_MARK,
     ArgumentCondition,
     Numbers,
@@ -42,9 +43,8 @@ from .injection import Injector, Place, Space, StoppedThread
 from .interception import CallInterrupted, InterceptedCall, Interruption, Surroundings
 from .notification import install as install_filter
 from .ptrace import (
-    PTRACE_ATTACH,
-    PTRACE_SEIZE,
     PTRACE_TRACEME,
+    TRACING_REQUESTS,
     Event,
     Ptrace,
     Stop,
@@ -93,7 +93,7 @@ class StoppedCall(InterceptedCall):
 class Process:
     """A process all of whose threads are traced."""
 
-    __slots__ = ("covered", "ignores_trap", "number", "space", "threads")
+    __slots__ = ("covered", "has_second", "ignores_trap", "number", "space", "threads")
 
     def __init__(
         self,
@@ -106,6 +106,7 @@ class Process:
         self.covered = covered
         self.space = space
         self.ignores_trap = ignores_trap  #: whether it ignores SIGTRAP
+        self.has_second = False  #: whether it is known to have the second filter
         self.threads: set[int] = set()
 
     def covers(self, kind: Served, number: int) -> bool:
@@ -155,6 +156,10 @@ class TraceInterceptor:
         self._descriptors = TraceeDescriptors(self._machine, self._injector, self._processes)
         self._threads: dict[int, Thread] = {}
         self._by_process: dict[int, Process] = {}
+        self._second = [_traced(self._machine, rule) for rule in surroundings.second]
+        #: The number of filters of a process that does not have the second one, and whether that
+        #: is being installed in all processes.
+        self._first_filters, self._has_second = 0, not self._second
         #: Copies of parents' states for new processes that have not stopped yet, by process id.
         self._inherited: dict[int, Process] = {}
         self._has_begun = False
@@ -196,6 +201,52 @@ class TraceInterceptor:
             return
         thread.intercepted = None
         self._injector.let_through(thread)
+
+    # The second filter
+
+    def begin_socket_calls(self, call: InterceptedCall) -> bool:
+        """Install the second filter in the calling process now, and in all others; return True."""
+        thread = self._thread_of(call)
+        if self._has_second and (not self._second or thread.process.has_second):
+            return True
+        self._has_second = True
+        code = self._install_second(thread)
+        if code:
+            raise OSError(errno.EPERM, os.strerror(errno.EPERM))
+        self._install_in_others(_TRIES)
+        return True
+
+    def _install_second(self, thread: Thread) -> int:
+        """Have a stopped thread install the second filter; return 0 or an errno."""
+        process = thread.process
+        # A child has the filters of its parent, which may have been installed unnoticed.
+        if _filters_of(process.number) > self._first_filters:
+            process.has_second = True
+            return 0
+        program = assemble(self._machine, self._second, is_first=False)
+        code = self._install(thread, program)
+        process.has_second = not code
+        if code:
+            log.warning("process %d: no filter: %s", process.number, os.strerror(code))
+        return code
+
+    def _install_in_others(self, tries: int) -> None:
+        """Install the second filter in processes that do not have it, by any of their threads."""
+        is_left = False
+        for process in list(self._by_process.values()):
+            if not process.has_second and not self._install_by_any(process):
+                is_left = True
+        if is_left and tries > 1:  # no thread was in a state in which it can make a call
+            self._scheduler.add(pause(_A_MOMENT), lambda _: self._install_in_others(tries - 1))
+
+    def _install_by_any(self, process: Process) -> bool:
+        for number in process.threads:
+            thread = self._threads.get(number)
+            if thread is not None and thread.place is Place.RUNNING:
+                with contextlib.suppress(OSError, CallInterrupted), self._stopped(thread):
+                    self._install_second(thread)
+                    return True
+        return False
 
     def create_socket(
         self,
@@ -320,6 +371,7 @@ class TraceInterceptor:
                 raise OSError(errno.EALREADY, os.strerror(errno.EALREADY)) from None
             raise
         self._add(pid, self._add_process(pid))
+        self._first_filters = _filters_of(pid)
 
     async def intercept_inherited(self, pid: int, data_calls: Served, numbers: list[int]) -> None:
         """Intercept data calls on sockets that the first process has inherited."""
@@ -493,20 +545,21 @@ class TraceInterceptor:
         for number in numbers:
             if not process.covers(kind, number):
                 added = numbers_for(process.covered[kind], number)
-                code = self._install(thread, kind, added)
+                rules = traced_rules(self._machine, kind, added)
+                code = self._install(thread, assemble(self._machine, rules, is_first=False))
                 if code:
                     return code
                 process.covered[kind].append(added)
         return 0
 
-    def _install(self, thread: Thread, kind: Served, numbers: Numbers) -> int:
+    def _install(self, thread: Thread, program: bytes) -> int:
+        """Have a stopped thread install a filter for its process; return 0 or an errno."""
         machine, call = self._machine, self._injector.call
-        program = assemble(machine, traced_rules(machine, kind, numbers), is_first=False)
         at = self._injector.scratch(thread)
         data = SOCK_FPROG.pack(len(program) // 8, at + SOCK_FPROG.size) + program
         if self._injector.write_scratch(thread, data) != at:
             return errno.EFAULT
-        arguments = (SET_MODE_FILTER, _ALL_THREADS, at)
+        arguments = (SET_MODE_FILTER, _ALL_THREADS, at, 0, 0, OWN_CALL)
         result = call(thread, machine.seccomp, *arguments)
         if result == -errno.EACCES:
             # As for the first filter: a process without privilege must promise never to get any.
@@ -537,6 +590,9 @@ class TraceInterceptor:
             with contextlib.suppress(OSError):
                 process_id = self._processes.first_thread(number)
         process = self._by_process.get(process_id) or self._add_process(process_id)
+        if self._second and self._has_second and not process.has_second:
+            # A parent can have made it just before the parent got the filter.
+            self._scheduler.add(pause(0), lambda _: self._install_in_others(_TRIES))
         return self._add(number, process)
 
     def _on_made(self, parent: Thread, event: Event, number: int) -> None:
@@ -590,6 +646,13 @@ class TraceInterceptor:
             interrupted()
 
 
+def _filters_of(pid: int) -> int:
+    """Return the number of seccomp filters of a process."""
+    with contextlib.suppress(OSError), open(f"/proc/{pid}/status", "rb") as status:
+        return int(status_field(status.read(), b"Seccomp_filters"))
+    return 0
+
+
 def _ignores_trap(pid: int) -> bool:
     with contextlib.suppress(OSError), open(f"/proc/{pid}/status", "rb") as status:
         return bool(int(status_field(status.read(), b"SigIgn"), 16) & 1 << signal.SIGTRAP - 1)
@@ -612,12 +675,16 @@ class TraceMechanism:
         made = [_traced(architecture, rule) for rule in rules]
         made += [
             Rule(architecture.ptrace, MARKED_TRACE, (When(0, ArgumentCondition.EQUAL, request),))
-            for request in (PTRACE_TRACEME, PTRACE_ATTACH, PTRACE_SEIZE)
+            for request in TRACING_REQUESTS
         ]
         equal = When(0, ArgumentCondition.EQUAL, signal.SIGTRAP)
         made.append(Rule(architecture.rt_sigaction, MARKED_TRACE, (equal,)))
         install_filter(architecture, assemble(architecture, made, other=MARKED_TRACE), 0)
         return []
+
+    def may_install_later(self, architecture: Architecture, pid: int) -> bool:
+        """Return True: all processes of the program are traced."""
+        return True
 
     def intercept(self, descriptors: Sequence[int], surroundings: Surroundings) -> TraceInterceptor:
         """Return the interceptor, for the supervisor's process."""

@@ -23,7 +23,7 @@ from enum import Enum, auto
 from .._linux.bpf import PR_SET_NO_NEW_PRIVS, SET_MODE_FILTER, SOCK_FPROG
 from .._linux.libc import libc
 from .arch import Architecture
-from .filter import COPYING, TRACE_MARK, Numbers, Served, assemble, traced_rules
+from .filter import COPYING, OWN_CALL, TRACE_MARK, Numbers, Served, assemble, traced_rules
 from .interception import InterceptedCall
 from .process import Processes, open_memory, write_memory
 from .ptrace import (
@@ -488,7 +488,7 @@ class Tracer:
             write_memory(memory, at, data)
         finally:
             os.close(memory)
-        install = (SET_MODE_FILTER, _ALL_THREADS, at)
+        install = (SET_MODE_FILTER, _ALL_THREADS, at, 0, 0, OWN_CALL)
         result = yield from self._call(thread, base, machine.seccomp, install)
         if result == -errno.EACCES:
             # Without privileges, a process must first promise never to gain any.

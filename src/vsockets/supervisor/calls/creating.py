@@ -47,7 +47,8 @@ async def socket(call: Call) -> Answer:
         raise failure(errno.EPROTONOSUPPORT)
     if type_ not in _TYPES:
         raise failure(errno.ESOCKTNOSUPPORT)
-    call.create_socket(asked)
+    if call.services.interceptor.begin_socket_calls(call.intercepted):
+        call.create_socket(asked)
     return None
 
 
