@@ -30,6 +30,7 @@ from . import (
     scale,
     streams,
     supervised,
+    supervised_floor,
     virtio,
     vmci,
 )
@@ -57,6 +58,8 @@ GOALS = [
     Goal("supervised stream throughput, 64 KiB", "unix", True, 0.95),
     Goal("supervised stream round trip, 64 B", "unix", False, 1.05),
     Goal("supervised connects", "notify", True, 0.5, "trace"),
+    Goal("supervised TCP connections of redis", "plain", True, 0.6),
+    Goal("supervised TCP connections of redis", "plain", True, 0.6, "trace"),
     Goal("supervised build", "plain", False, 1.05),
     Goal("supervised build", "plain", False, 1.4, "trace"),
     Goal("forward throughput, 64 KiB", "socat", True, 3.0),
@@ -250,14 +253,23 @@ def _supervised_benchmarks(rounds: int) -> dict[str, Benchmark]:
 
         return run
 
-    def bystander(measure: Callable[[PrivateFabric, str], float]) -> Benchmark:
+    def supervisors(tick: Tick) -> dict[str, Series]:
+        with PrivateFabric(log_level="warning") as fabric:
+            contestants: dict[str, Callable[[], float]] = {
+                name: partial(supervised.program, fabric, name, "supervisor", 1000)
+                for name in supervised.INTERCEPTORS
+            }
+            floor = partial(supervised_floor.cost, 20_000)
+            return take_turns({**contestants, "one bare call": floor}, "us", rounds, tick)
+
+    def bystander(measure: Callable[[PrivateFabric, str], float], unit: str = "s") -> Benchmark:
         def run(tick: Tick) -> dict[str, Series]:
             with PrivateFabric() as fabric:
                 contestants: dict[str, Callable[[], float]] = {
                     name: partial(measure, fabric, name)
                     for name in (*supervised.INTERCEPTORS, "plain")
                 }
-                return take_turns(contestants, "s", rounds, tick)
+                return take_turns(contestants, unit, rounds, tick)
 
         return run
 
@@ -265,6 +277,8 @@ def _supervised_benchmarks(rounds: int) -> dict[str, Benchmark]:
         "supervised stream throughput, 64 KiB": supervising("throughput", 8000, "MB/s"),
         "supervised stream round trip, 64 B": supervising("round trip", 15_000, "us"),
         "supervised connects": supervising("connects", 1500, "/s"),
+        "supervisor's time a connection": supervisors,
+        "supervised TCP connections of redis": bystander(supervised.churn, "/s"),
         "supervised build": bystander(supervised.build),
         "supervised starts of Python": bystander(supervised.starts),
     }

@@ -14,6 +14,7 @@ import tempfile
 from collections.abc import Iterator
 
 from bench import connects, streams
+from bench.harness import processor_time
 
 
 @contextlib.contextmanager
@@ -55,12 +56,26 @@ def _connects(family: str, count: int) -> float:
         return connects.rate(server, client, count, 1)
 
 
+def _cost(family: str, count: int) -> float:
+    """Return the processor time of the supervisor, the parent, for a connection, in microseconds.
+
+    Pairs of ``socket()``, ``connect()`` and ``accept()``.
+    """
+    supervisor = os.getppid()
+    _connects(family, count // 10)
+    before = processor_time(supervisor)
+    _connects(family, count)
+    return (processor_time(supervisor) - before) / count * 1e6
+
+
 def main(family: str, measure: str, count: int) -> float:
-    """Return one figure, of :mod:`.streams` or :mod:`.connects`."""
+    """Return one figure, of :mod:`.streams` or :mod:`.connects`, or the supervisor's cost."""
     if measure == "throughput":
         return streams.throughput(_pair(family), count)
     if measure == "round trip":
         return streams.round_trip(_pair(family), count)
+    if measure == "supervisor":
+        return _cost(family, count)
     return _connects(family, count)
 
 

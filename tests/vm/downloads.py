@@ -201,6 +201,20 @@ def ganesha() -> Path:
     return root
 
 
+def redis() -> Path:
+    """Return the directory of Debian's redis-server and redis-benchmark."""
+
+    def fill(folder: Path) -> None:
+        libraries = ("libjemalloc2", "liblzf1", "liblua5.1-0", "lua-cjson", "lua-bitop")
+        _STABLE.unpack(folder, "redis-server", "redis-tools", "libatomic1", *libraries)
+
+    root = cached("redis", fill)
+    libraries = f"{root}/usr/lib/x86_64-linux-gnu"
+    # Built for Debian 12, with most of its libraries from this machine: check that it runs.
+    run(str(root / "usr/bin/redis-server"), "--version", LD_LIBRARY_PATH=libraries)
+    return root
+
+
 def http2_proxy() -> tuple[list[str], list[str]]:
     """Return the commands of nghttpx, and of the forward proxy tinyproxy."""
 
