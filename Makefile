@@ -8,7 +8,7 @@ export VSOCKETS_TRANSPORT = fabric
 # The tests start thousands of processes, each of which would compile what it imports.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo test test-replace test-every-line soak simulate bench site debian-package exhaustion test-arm64 test-containers test-examples test-guest test-systemd test-walk test-recipes test-long release clean test-downloads test-site test-pytest test-ordinary-user test-debian-13 test-ruff test-mypy
+.PHONY: demo test test-replace test-every-line soak simulate bench site debian-package exhaustion test-arm64 test-containers test-examples test-guest test-systemd test-walk test-kernels test-kernel-tree test-peers test-recipes test-long release clean test-downloads test-site test-pytest test-ordinary-user test-debian-13 test-ruff test-mypy
 
 # What a user needs, and no more.
 demo: .venv/usable
@@ -111,6 +111,20 @@ test-guest: .venv/ready
 	$(BIN)/pytest tests/environments/with_systemd_guest.py --durations=10
 
 # From README's install line to its pastes, on Debian 12 and 13 and in a container, timed: two minutes.
+
+# docs/internals/kernels.md: guests' kernels by device, in emulated machines, one after the other.
+test-kernels: .venv/ready
+	PYTHONPATH=tests $(BIN)/python -m vm.kernels
+
+# The Linux kernel's source, checked out by git over NFS in a virtual machine; docs/nfs.md has the times.
+test-kernel-tree: .venv/ready
+	PYTHONPATH=tests $(BIN)/python -m vm.kernel_tree
+
+# docs/internals/peers.md: what happens to connections, with real machines and played ones.
+test-peers: .venv/ready
+	PYTHONPATH=tests $(BIN)/python -m vm.peers
+
+# From README's install line to its pastes, on Debian 12 and 13 and in a container, timed: a minute.
 test-walk: .venv/ready
 	PYTHONPATH=tests $(BIN)/python -m environments.walk
 

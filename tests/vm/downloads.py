@@ -20,6 +20,7 @@ __all__ = [
     "Unavailable",
     "ctypes_library",
     "ganesha",
+    "git",
     "go_libraries",
     "go_rpc",
     "http2_proxy",
@@ -42,12 +43,18 @@ _TESTING = Suite(DEBIAN, "forky")
 _SUITES = {
     "stable": _STABLE,
     "backports": Suite(DEBIAN, "bookworm", "bookworm-backports"),
+    "trixie": Suite(DEBIAN, "trixie"),
+    "testing": _TESTING,
     "newest": Suite(DEBIAN, "trixie", "trixie-backports"),
 }
 
 
 def kernel(name: str) -> KernelImage:
-    """Return a kernel: ``stable`` (6.1), ``backports`` (Debian 12's, 6.12.95) or ``newest``."""
+    """Return a kernel of Debian by the name of its suite here.
+
+    ``stable`` (Debian 12's, 6.1), ``backports`` (Debian 12's, 6.12.95), ``trixie`` (Debian 13's),
+    ``testing`` or ``newest`` (of the backports for Debian 13).
+    """
     linux = KernelImage(_SUITES[name])
     linux.name = name
     return linux
@@ -94,6 +101,16 @@ def ctypes_library() -> dict[str, bytes]:
         _STABLE.unpack(folder, "libffi8")
 
     return _libraries(cached("userland-ffi", fill))
+
+
+def git() -> dict[str, bytes]:
+    """Return ``/git`` and the additional files that it needs in a guest, by path."""
+
+    def fill(folder: Path) -> None:
+        _STABLE.unpack(folder, "git", "libpcre2-8-0")
+
+    root = cached("userland-git", fill)
+    return {**_libraries(root), "/git": (root / "usr/bin/git").read_bytes()}
 
 
 #: pyfuse3 and the modules that it imports, which include the unused trio.

@@ -28,7 +28,7 @@ from vsockets.vm.guest_image import COMMAND_LINE, KernelImage
 from . import downloads
 
 #: Timeouts in seconds for booting, and for a guest's reply.
-BOOT = 100.0
+BOOT = 200.0
 PATIENCE = 60.0
 
 
@@ -48,8 +48,8 @@ class MonitorError(Exception):
 class Job:
     """A program that runs in the guest."""
 
-    def __init__(self, machine: Machine, number: int) -> None:
-        self._machine = machine
+    def __init__(self, agent: Agent, number: int) -> None:
+        self._agent = agent
         self._number = number
 
     def result(self, timeout: float = PATIENCE) -> Any:
@@ -57,13 +57,77 @@ class Job:
 
         Raises GuestError and TimeoutError.
         """
-        ok, result = self._machine._wait_for(self._number, timeout)
+        ok, result = self._agent._wait_for(self._number, timeout)
         if not ok:
             raise GuestError(*result)
         return result
 
 
-class Machine:
+class Agent:
+    """A process in a guest that runs Python code; :mod:`.agent` is its program."""
+
+    def __init__(self) -> None:
+        self._numbers = count(1)
+        self._answers: dict[int, tuple[bool, Any]] = {}
+        self._arrived = threading.Condition()
+
+    def serve(self, agent: socket.socket) -> None:
+        """Use the agent behind ``agent`` from now on."""
+        self._agent = agent
+        threading.Thread(target=self._listen, args=(agent,), daemon=True).start()
+
+    def _listen(self, agent: socket.socket) -> None:
+        received = b""
+        with contextlib.suppress(ConnectionResetError):  # the guest ended with unread data
+            while data := agent.recv(65_536):
+                *lines, received = (received + data).split(b"\n")
+                for line in lines:
+                    if line.startswith(b"@"):
+                        number, ok, result = ast.literal_eval(line[1:].decode())
+                        with self._arrived:
+                            self._answers[number] = ok, result
+                            self._arrived.notify_all()
+
+    def _wait_for(self, number: int, timeout: float) -> tuple[bool, Any]:
+        deadline = time.monotonic() + timeout
+        with self._arrived:
+            while number not in self._answers:
+                left = deadline - time.monotonic()
+                if left <= 0:
+                    raise TimeoutError(f"the guest is silent{self._state()}")
+                self._check()
+                self._arrived.wait(min(left, 1.0))
+            return self._answers.pop(number)
+
+    def _state(self) -> str:
+        """Return what an error adds about a silent guest."""
+        return ""
+
+    def _check(self) -> None:
+        """Raise GuestError if the guest has ended."""
+
+    def wait_for_boot(self) -> None:
+        """Wait for the agent's first message, also after a reboot."""
+        self._wait_for(0, BOOT)
+
+    def nudge(self) -> None:
+        """Send an empty line, which the agent ignores: a guest wakes up from s2idle by it."""
+        self._agent.sendall(b"\n")
+
+    def start(self, source: str, **values: Any) -> Job:
+        """Start Python code in the guest; ``values`` become its variables."""
+        names = "".join(f"{name} = {value!r}\n" for name, value in values.items())
+        number = next(self._numbers)
+        message = repr((number, names + textwrap.dedent(source))) + "\n"
+        self._agent.sendall(message.encode())
+        return Job(self, number)
+
+    def run(self, source: str, timeout: float = PATIENCE, **values: Any) -> Any:
+        """Run Python code in the guest and return its ``result``."""
+        return self.start(source, **values).result(timeout)
+
+
+class Machine(Agent):
     """A running guest, as a context manager that boots it and powers it off."""
 
     def __init__(
@@ -80,8 +144,9 @@ class Machine:
         packed: bool = False,
     ) -> None:
         """``arguments`` are additional ones for QEMU."""
+        super().__init__()
         self.fabric = fabric
-        self._packed = packed
+        self.packed = packed  #: for the next boot: virtio rings are packed
         self._kernel = kernel
         self._initrd = initrd
         self._folder = folder
@@ -93,9 +158,6 @@ class Machine:
         self._path = folder / device
         self.device: subprocess.Popen[str] | None = None
         self.qemu: subprocess.Popen[bytes] | None = None
-        self._numbers = count(1)
-        self._answers: dict[int, tuple[bool, Any]] = {}
-        self._arrived = threading.Condition()
 
     def __enter__(self) -> Machine:
         try:
@@ -180,64 +242,32 @@ class Machine:
         return [
             *("-serial", f"unix:{self._folder / 'agent'},server=on,wait=off"),
             *("-qmp", f"unix:{self._folder / 'qmp'},server=on,wait=off"),
-            *("-global", "virtio-device.packed=on") * self._packed,
+            *("-global", "virtio-device.packed=on") * self.packed,
         ]
 
     def _connect_agent(self) -> None:
-        self._agent = socket.socket(socket.AF_UNIX)
+        agent = socket.socket(socket.AF_UNIX)
 
         def connects() -> bool:
             assert self.qemu is not None
             assert self.qemu.poll() is None, (self._folder / "qemu.log").read_text()
             with contextlib.suppress(FileNotFoundError, ConnectionRefusedError):
-                self._agent.connect(str(self._folder / "agent"))
+                agent.connect(str(self._folder / "agent"))
                 return True
             return False
 
         wait_until(connects, "QEMU to start", PATIENCE)
-        threading.Thread(target=self._listen, args=(self._agent,), daemon=True).start()
+        self.serve(agent)
 
-    def _listen(self, agent: socket.socket) -> None:
-        received = b""
-        with contextlib.suppress(ConnectionResetError):  # QEMU ended with unread data
-            while data := agent.recv(65_536):
-                *lines, received = (received + data).split(b"\n")
-                for line in lines:
-                    if line.startswith(b"@"):
-                        number, ok, result = ast.literal_eval(line[1:].decode())
-                        with self._arrived:
-                            self._answers[number] = ok, result
-                            self._arrived.notify_all()
+    def _state(self) -> str:
+        return f"; its console: {self.console[-2000:]}\nthe device: {self.device_log[-2000:]}"
 
-    def _wait_for(self, number: int, timeout: float) -> tuple[bool, Any]:
-        deadline = time.monotonic() + timeout
-        with self._arrived:
-            while number not in self._answers:
-                left = deadline - time.monotonic()
-                if left <= 0:
-                    raise TimeoutError(
-                        f"the guest is silent; its console: {self.console[-2000:]}\n"
-                        f"the device: {self.device_log[-2000:]}"
-                    )
-                if self.qemu is not None and self.qemu.poll() is not None:
-                    log = (self._folder / "qemu.log").read_text()
-                    raise GuestError("QEMU", None, f"status {self.qemu.returncode}: {log}")
-                self._arrived.wait(min(left, 1.0))
-            return self._answers.pop(number)
+    def _check(self) -> None:
+        if self.qemu is not None and self.qemu.poll() is not None:
+            log = (self._folder / "qemu.log").read_text()
+            raise GuestError("QEMU", None, f"status {self.qemu.returncode}: {log}")
 
     # For tests
-
-    def start(self, source: str, **values: Any) -> Job:
-        """Start Python code in the guest; ``values`` become its variables."""
-        names = "".join(f"{name} = {value!r}\n" for name, value in values.items())
-        number = next(self._numbers)
-        message = repr((number, names + textwrap.dedent(source))) + "\n"
-        self._agent.sendall(message.encode())
-        return Job(self, number)
-
-    def run(self, source: str, timeout: float = PATIENCE, **values: Any) -> Any:
-        """Run Python code in the guest and return its ``result``."""
-        return self.start(source, **values).result(timeout)
 
     def put(self, files: Mapping[str, bytes]) -> None:
         """Send programs and other files to the guest through its device, by path."""
@@ -311,10 +341,6 @@ class Machine:
         socket = {"type": "socket", "data": {"addr": address, "server": False}}
         self.monitor("chardev-add", id="vsock", backend=socket)
         self.monitor("device_add", **qemu_args.VIRTIO_DEVICE)
-
-    def wait_for_boot(self) -> None:
-        """Wait for the guest after a reboot."""
-        self._wait_for(0, BOOT)
 
     def kill_qemu(self) -> None:
         """Kill QEMU, as if the power were cut."""

@@ -34,6 +34,16 @@ class RustMachine(Machine):
             )
         wait_until(self._path.exists, "vhost-device-vsock to start", PATIENCE)
 
+    def kill_device(self) -> None:
+        """Kill the back end, which leaves its sockets behind."""
+        assert self.device is not None
+        self.device.kill()
+        self.device.wait()
+        assert self.device.stdout is not None
+        self.device.stdout.close()
+        for path in (self._path, self.uds_path):
+            path.unlink(missing_ok=True)
+
 
 class HybridMachine(RustMachine):
     """A machine whose guest ``vsock device hybrid`` attaches to the fabric."""
