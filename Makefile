@@ -110,8 +110,6 @@ test-systemd: .venv/ready
 test-guest: .venv/ready
 	$(BIN)/pytest tests/environments/with_systemd_guest.py --durations=10
 
-# From README's install line to its pastes, on Debian 12 and 13 and in a container, timed: two minutes.
-
 # docs/internals/kernels.md: guests' kernels by device, in emulated machines, one after the other.
 test-kernels: .venv/ready
 	PYTHONPATH=tests $(BIN)/python -m vm.kernels
@@ -124,7 +122,7 @@ test-kernel-tree: .venv/ready
 test-peers: .venv/ready
 	PYTHONPATH=tests $(BIN)/python -m vm.peers
 
-# From README's install line to its pastes, on Debian 12 and 13 and in a container, timed: a minute.
+# From README's install line to its pastes, on Debian 12 and 13 and in a container, timed: two minutes.
 test-walk: .venv/ready
 	PYTHONPATH=tests $(BIN)/python -m environments.walk
 

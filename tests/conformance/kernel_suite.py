@@ -98,8 +98,15 @@ def source() -> Path:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not all((folder / part).exists() for part in PARTS):
             _need("apt-get", "dpkg-deb", "tar", "xz")
-            _unpack(_download(folder.parent), folder)
+            _unpack(_download(folder.parent), folder, PARTS)
     return folder
+
+
+def unpack_all(folder: Path) -> None:
+    """Unpack the whole source into a new folder.  Raises Unavailable."""
+    _need("apt-get", "dpkg-deb", "tar", "xz")
+    (CACHE / "kernel").mkdir(parents=True, exist_ok=True)
+    _unpack(_download(CACHE / "kernel"), folder, ())
 
 
 def _need(*programs: str) -> None:
@@ -136,8 +143,8 @@ def _version(name: str) -> list[int]:
     return [int(part) for part in re.findall(r"\d+", name)]
 
 
-def _unpack(package: Path, folder: Path) -> None:
-    """Unpack the parts into ``folder``."""
+def _unpack(package: Path, folder: Path, parts: Sequence[str]) -> None:
+    """Unpack the parts, or everything without any, into ``folder``."""
     new = folder.with_suffix(".new")
     shutil.rmtree(new, ignore_errors=True)
     new.mkdir()
@@ -146,7 +153,7 @@ def _unpack(package: Path, folder: Path) -> None:
         '| tar -xO --wildcards "*/linux-source-*.tar.xz" '
         '| tar -xJ --strip-components=1 --wildcards --no-wildcards-match-slash "$@"'
     )
-    _run("sh", "-c", script, str(package), *(f"*/{part}" for part in PARTS), cwd=new)
+    _run("sh", "-c", script, str(package), *(f"*/{part}" for part in parts), cwd=new)
     package.unlink()
     shutil.rmtree(folder, ignore_errors=True)
     new.rename(folder)

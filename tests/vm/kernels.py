@@ -431,7 +431,7 @@ def run(stage: Stage, kernel: str, device: str, folder: Path) -> dict[str, Any]:
                         break
         except (AssertionError, TimeoutError) as error:  # it does not boot
             name, _ = left.pop(0)
-            results[name] = Result("fail", f"no machine: {str(error)[:200]}")
+            results[name] = Result("fail", f"no machine: {str(error).splitlines()[0][:80]}")
     results["seconds"] = round(time.monotonic() - began)
     return results
 

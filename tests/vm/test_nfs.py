@@ -24,7 +24,7 @@ pytestmark = pytest.mark.timeout(300)
 PATIENCE = 120.0
 
 #: The common beginning of the guest programs in these tests.
-_GUEST = """
+GUEST = """
 import hashlib, subprocess, sys
 from pathlib import Path
 def client(export):
@@ -44,7 +44,7 @@ common = True
 def guest(machine: Machine) -> Machine:
     """A guest that can mount."""
     machine.put(downloads.storage_client())
-    machine.run(_GUEST + inspect.getsource(digests))
+    machine.run(GUEST + inspect.getsource(digests))
     machine.run("load_fuse()")
     return machine
 
