@@ -1,8 +1,8 @@
 """``make test-guest``: guests with systemd, VMware Tools, cloud-init, sshd and qemu-ga.
 
-Debian 13 has the VMCI device, Debian 12 virtio.  Under emulation each boots for a minute or two, so
-that pytest finds these tests only by their name.  They are in the order of a guest's life, and need
-those before them.
+The guest is a Debian 13 with the VMCI device.  Under emulation it boots for minutes, so that pytest
+finds these tests only by their name.  They are in the order of a guest's life, and need those
+before them.
 """
 
 from __future__ import annotations
@@ -113,10 +113,9 @@ def host() -> Iterator[Host]:
         service.communicate(timeout=60)
 
 
-@pytest.fixture(scope="module", params=["trixie", "bookworm"])
-def guest(request: pytest.FixtureRequest, host: Host) -> Iterator[SystemdGuest]:
-    """The guest; Debian 12's cloud-init needs the two-line vmware-rpctool of the documentation."""
-    release = request.param
+@pytest.fixture(scope="module")
+def guest(host: Host) -> Iterator[SystemdGuest]:
+    release = "trixie"
     units = "etc/systemd/system"
     files: dict[str, str | bytes] = {
         f"{units}/qemu-guest-agent-vsock.service": block(
@@ -125,8 +124,6 @@ def guest(request: pytest.FixtureRequest, host: Host) -> Iterator[SystemdGuest]:
         f"{units}/echo.socket": ECHO_SOCKET,
         f"{units}/echo@.service": ECHO_SERVICE,
     }
-    if release == "bookworm":
-        files["usr/bin/vmware-rpctool"] = block("guestinfo.md", "#!/bin/sh\nexec vmtoolsd")
     folder = host.folder / release
     folder.mkdir()
     try:
@@ -134,9 +131,8 @@ def guest(request: pytest.FixtureRequest, host: Host) -> Iterator[SystemdGuest]:
             host.fabric,
             folder,
             release,
-            *(("--wait-ready",) if release == "trixie" else ()),
-            *("--grace", "300"),
-            device="vmci" if release == "trixie" else "virtio",
+            *("--wait-ready", "--grace", "300"),
+            device="vmci",
             cid=CID,
             userdata=USERDATA.format(key=(host.folder / "user.pub").read_text().strip()),
             files=files,
@@ -166,8 +162,6 @@ def test_cloud_init_reads_guestinfo(guest: SystemdGuest, host: Host) -> None:
 
 
 def test_the_guest_reports_its_start(guest: SystemdGuest) -> None:
-    if guest.kernel == "stable":
-        return  # Debian 12's systemd does not report
     wait_for(lambda: "vsock: the guest is ready (" in guest.log, "READY=1")
     assert "vsock: guest: active: multi-user.target\n" in guest.log
     assert "vsock: guest: Ready.\n" in guest.log
@@ -181,8 +175,6 @@ def test_a_socket_unit_of_vsockets(guest: SystemdGuest, host: Host) -> None:
 
 
 def test_ssh_by_the_generator_of_systemd(guest: SystemdGuest, host: Host) -> None:
-    if guest.kernel == "stable":
-        return  # Debian 12's systemd has none
     assert "system-sshd.slice/sshd@" in host.ssh("cat /proc/self/cgroup")
 
 
@@ -205,8 +197,6 @@ def test_the_tools_are_told_of_suspend_and_resume(guest: SystemdGuest, host: Hos
 
 
 def test_a_reboot_by_the_tools(guest: SystemdGuest, host: Host) -> None:
-    if guest.kernel != "stable":
-        return  # one boot is enough
     host("guestinfo", "send", CID, "reboot")
     guest.wait_for_boot()
     wait_for(lambda: host.tools()["running"], "the tools to run")
