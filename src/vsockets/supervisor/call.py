@@ -165,14 +165,22 @@ class Call:
         fd = self.services.interceptor.duplicate(self.pid, self.integer(0))
         try:
             self.check()
-            if os.fstat(fd).st_ino != endpoint.inode:
+            # A socket's cookie costs less than its inode, and no other socket ever has it.
+            if not endpoint.cookie and os.fstat(fd).st_ino != endpoint.inode:
                 raise failure(errno.EBADF)
             sock = _socket.socket(_AF_UNIX, endpoint.type, 0, fd)
         except BaseException:
             os.close(fd)
             raise
+        try:
+            cookie = cookie_of(sock)
+        except OSError:  # not a socket
+            cookie = -1
         if not endpoint.cookie:
-            endpoint.cookie = cookie_of(sock)
+            endpoint.cookie = cookie
+        elif cookie != endpoint.cookie:
+            sock.close()
+            raise failure(errno.EBADF)
         return sock
 
     def credentials(self) -> Credentials | None:

@@ -380,8 +380,15 @@ class NotificationInterceptor:
         """Answer a call, or keep the answer for when its thread repeats it."""
         if isinstance(call, TracedCall):
             self._tracer.answer(call.thread, value)
-        else:
-            self._give(self._keeping(call, value))
+            return
+        assert isinstance(call, NotifiedCall)
+        if not self._processes.has_signal(call.pid):  # nearly always
+            try:
+                call.listener.answer(call.id, value)
+                return
+            except CallInterrupted:
+                pass
+        self._give(self._keeping(call, value))
 
     @staticmethod
     def _keeping(call: InterceptedCall, value: int) -> _KeptAnswer:

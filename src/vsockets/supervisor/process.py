@@ -42,6 +42,8 @@ _STAT_TO_STATE = 64
 #: An upper bound of the size of /proc/PID/status, in bytes.
 _LONGEST_STATUS = 16_384
 
+#: Bytes that are read without a buffer of their own: addresses and sizes.
+_SMALL = 128
 #: The longest text for :meth:`Processes.begins_with`, in bytes.
 _GLANCE = 16
 
@@ -64,6 +66,12 @@ class Processes:
         self._process_of: dict[int, tuple[int, int]] = {}
         self._local, self._remote = _Vector(), _Vector()
         self._local_at, self._remote_at = ctypes.byref(self._local), ctypes.byref(self._remote)
+        # For read_some() of few bytes.
+        self._small = bytearray(_SMALL)
+        self._small_view = memoryview(self._small)
+        self._small_memory = (ctypes.c_char * _SMALL).from_buffer(self._small)
+        self._small_local = _Vector(ctypes.addressof(self._small_memory), _SMALL)
+        self._small_at = ctypes.byref(self._small_local)
         # For begins_with(), which is called most.
         self._glance = ctypes.create_string_buffer(_GLANCE)
         self._glance_at = ctypes.byref(_Vector(ctypes.addressof(self._glance), _GLANCE))
@@ -94,15 +102,21 @@ class Processes:
         """
         if size == 0:
             return b""
-        buffer = ctypes.create_string_buffer(size)
-        self._local.base, self._local.length = ctypes.addressof(buffer), size
+        if size <= _SMALL:
+            self._small_local.length, local = size, self._small_at
+        else:
+            buffer = ctypes.create_string_buffer(size)
+            self._local.base, self._local.length = ctypes.addressof(buffer), size
+            local = self._local_at
         self._remote.base, self._remote.length = address, size
         count: int = self._syscall(
-            self._machine.process_vm_readv, pid, self._local_at, 1, self._remote_at, 1, _NO_FLAGS
+            self._machine.process_vm_readv, pid, local, 1, self._remote_at, 1, _NO_FLAGS
         )
         if count < 0:
             code = ctypes.get_errno()
             raise OSError(code, os.strerror(code))
+        if size <= _SMALL:
+            return self._small_view[:count].tobytes()
         return ctypes.string_at(buffer, count)
 
     def write_some(self, pid: int, address: int, data: bytes) -> int:

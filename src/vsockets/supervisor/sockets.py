@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 from .._linux.sockets import cookie_of
 from ..limits import CONNECT_TIMEOUT_SECONDS
-from ..model.buffers import BufferSizes
+from ..model.buffers import DEFAULT_SIZES, BufferSizes
 from ..model.constants import AF_VSOCK
 from ..protocol import Record
 from ..socket import UNBOUND, Phase
@@ -101,7 +101,7 @@ class Endpoint:
         self.phase = Phase.NEW
         self.local = UNBOUND
         self.peer: tuple[int, int] | None = None
-        self.buffers = BufferSizes()
+        self.buffers = DEFAULT_SIZES
         self.connect_timeout = CONNECT_TIMEOUT_SECONDS  #: seconds
         self.is_attached = False  #: connected to vsockd, or by vsockd to its peer
         self.has_name = False  #: bound to a name by vsockd, instead of connected to it

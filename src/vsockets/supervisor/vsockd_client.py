@@ -16,7 +16,7 @@ import secrets
 import select
 import struct
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from enum import Enum, auto
 from socket import (
     AF_UNIX,
@@ -97,7 +97,7 @@ class VsockdClient:
             if self._backlog_full:  # ask with a socket that cannot block
                 with contextlib.closing(_own_socket(type_)) as probe:
                     self._context.open_channel(probe, type_)
-            with blocking_briefly(sock, SO_SNDTIMEO, blocks):
+            with BriefBlocking(sock, SO_SNDTIMEO, blocks):
                 self._context.open_channel(sock, type_)
         except OSError as error:
             if error.errno != errno.ENOBUFS:
@@ -204,23 +204,29 @@ def _own_socket(type_: int) -> _socket.socket:
     return _socket.socket(AF_UNIX, type_ | SOCK_CLOEXEC | SOCK_NONBLOCK)
 
 
-@contextlib.contextmanager
-def blocking_briefly(sock: _socket.socket, option: int, blocks: bool) -> Iterator[None]:
-    """Limit the blocking of a call on a program's socket to one tick of the kernel.
+class BriefBlocking:
+    """A context that limits the blocking of a call on a program's socket to one kernel tick.
 
     ``option`` is SO_SNDTIMEO for a connect, SO_RCVTIMEO for an accept; ``blocks`` is whether the
     socket is a blocking one.  O_NONBLOCK would not do: the program shares it, and one of its
     threads might change it meanwhile.
     """
-    if not blocks:
-        yield
-        return
-    before = sock.getsockopt(SOL_SOCKET, option, TIMEVAL.size)
-    sock.setsockopt(SOL_SOCKET, option, _ONE_TICK)
-    try:
-        yield
-    finally:
-        sock.setsockopt(SOL_SOCKET, option, before)
+
+    __slots__ = ("_before", "_blocks", "_option", "_sock")
+
+    def __init__(self, sock: _socket.socket, option: int, blocks: bool) -> None:
+        self._sock = sock
+        self._option = option
+        self._blocks = blocks
+
+    def __enter__(self) -> None:
+        if self._blocks:
+            self._before = self._sock.getsockopt(SOL_SOCKET, self._option, TIMEVAL.size)
+            self._sock.setsockopt(SOL_SOCKET, self._option, _ONE_TICK)
+
+    def __exit__(self, *failure: object) -> None:
+        if self._blocks:
+            self._sock.setsockopt(SOL_SOCKET, self._option, self._before)
 
 
 async def receive_record(

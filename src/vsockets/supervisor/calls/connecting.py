@@ -46,7 +46,7 @@ from ..interception import CallInterrupted
 from ..limits import SUPERVISOR_CONNECT_GRACE_SECONDS, SUPERVISOR_FORCED_SEND_BUFFER_MAX_BYTES
 from ..scheduler import lent, ready
 from ..sockets import Endpoint, pack_address
-from ..vsockd_client import SEND, Credentials, blocking_briefly, receive_record, send, take_record
+from ..vsockd_client import SEND, BriefBlocking, Credentials, receive_record, send, take_record
 from . import datagrams
 
 #: Bytes that the kernel adds to each message of a packet socket: a message larger than the send
@@ -397,7 +397,7 @@ def _next_token(
             return None
     try:
         # A process outside supervision may share the listener, and accept first.
-        with blocking_briefly(listener, SO_RCVTIMEO, blocks):
+        with BriefBlocking(listener, SO_RCVTIMEO, blocks):
             fd, _ = listener._accept()  # type: ignore[attr-defined]  # as socket.accept()
     except (BlockingIOError, ConnectionAbortedError):
         return None
