@@ -231,6 +231,9 @@ def _reload(guest: Guest) -> None:
     }
     guest.machine.run(
         """
+        import sys
+        # Objects whose descriptors are closed below would later close those of new sockets.
+        for name in ('listening', 'unread', 'taken'): sys.__dict__.pop(name, None)
         for fd in os.listdir('/proc/self/fd'):  # sockets that earlier checks have left open
             try:
                 if os.readlink('/proc/self/fd/' + fd).startswith('socket:'): os.close(int(fd))
