@@ -1,8 +1,9 @@
 """A virtual machine with Podman and an image: both are made of Debian's packages.
 
 Podman and what it needs are those of Debian's testing suite, the first whose default profile
-refuses AF_VSOCK.  The image is the root folder of :mod:`environments.debian_13`.  The two are
-disks below ``~/.cache/vsockets``; what a machine writes to them ends with it.
+refuses AF_VSOCK.  The image is the root folder of :mod:`environments.debian_13`.  A third root
+folder becomes the base image of ``ci/Containerfile`` (:meth:`PodmanMachine.import_base`).  The
+three are disks below ``~/.cache/vsockets``; what a machine writes to them ends with it.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
-from environments import debian_13
+from environments import containerfile, debian_13
 from environments.debian_root import make_disk, make_root
 from vm import downloads
 from vm.machine import PATIENCE, Machine
@@ -30,6 +31,20 @@ PACKAGES = ("podman", "crun", "python3")
 #: Where the image and the files for containers are in the machine.
 IMAGE, FILES = "/srv", "/run/files"
 
+#: Where the files of the Containerfile's base image are in the machine.
+_BASE = "/mnt"
+
+#: Storage of images, and the settings without which Podman reads none.
+_STORAGE = "/run/storage"
+_PREPARE = f"""\
+set -e
+mkdir -p /etc/containers /run/podman
+echo '{{"default": [{{"type": "insecureAcceptAnything"}}]}}' >/etc/containers/policy.json
+tar --create --directory={_BASE} --exclude=./etc/apt/sources.list* --exclude=./usr/share/doc \
+    --exclude=./usr/share/locale --exclude=./usr/share/man . |
+    TMPDIR=/run/podman podman --root={_STORAGE} import - {containerfile.IMAGE}
+"""
+
 _AGENT = Path(__file__).parents[1] / "vm/agent.py"
 
 #: The last commands of the initrd: go on with the agent, on the disks.
@@ -39,6 +54,7 @@ for module in overlay virtio_blk; do insmod /modules/$module.ko; done
 mkdir /new /dev/shm
 mount -t ext4 /dev/vda /new
 mount -t ext4 -o ro /dev/vdb /new{IMAGE}
+mount -t ext4 -o ro /dev/vdc /new{_BASE}
 for folder in new/run new/tmp dev/shm; do mount -t tmpfs none /$folder; done
 mv /agent.py /files /new/run
 stty -F /dev/ttyS1 raw -echo
@@ -79,13 +95,26 @@ class PodmanMachine:
         search = ("--env", "PATH=/opt/venv/bin:/usr/bin:/bin")
         return self.run(*podman, *volume, *search, *options, "--rootfs", f"{IMAGE}:O", *command)
 
+    def import_base(self) -> Done:
+        """Import the base image of the Containerfile, under its name.
+
+        The image has the packages that the Containerfile installs, and no sources of packages, so
+        that ``apt-get`` succeeds without a network.
+        """
+        return self.run("sh", "-c", _PREPARE)
+
+    def with_images(self, command: str, *arguments: str) -> Done:
+        """Run a command of Podman's with the imported and the built images."""
+        podman = ("env", "TMPDIR=/run/podman", "podman", f"--root={_STORAGE}", command)
+        return self.run(*podman, *arguments)
+
 
 @contextmanager
 def running(folder: Path, files: Mapping[str, bytes]) -> Iterator[PodmanMachine]:
     """Run the machine, with ``files`` below :data:`FILES`.  Raises Unavailable."""
     kernel = downloads.kernel("stable")
     downloads.qemu()
-    disks = _podman(), _image()
+    disks = _podman(), _image(), _base()
     inside = {f"/files/{name}": data for name, data in files.items()}
     for path in sorted(guest_image.PACKAGE.rglob("*")):
         if path.is_file() and path.suffix != ".pyc":
@@ -126,5 +155,13 @@ def _podman() -> Path:
 
 def _image() -> Path:
     """Return the disk with the image, made if need be."""
-    root = debian_13.root_folder()
+    return _disk_of(debian_13.root_folder())
+
+
+def _base() -> Path:
+    """Return the disk with the Containerfile's base image, made if need be."""
+    return _disk_of(containerfile.root_folder())
+
+
+def _disk_of(root: Path) -> Path:
     return cached(f"{root.name}-disk", lambda folder: make_disk(folder / "disk", root)) / "disk"

@@ -17,6 +17,8 @@ from pathlib import Path
 import pytest
 
 from c_compiler import compile_c
+from environments import containerfile
+from environments.containerfile import SUITE
 from vm.downloads import Unavailable
 
 from .podman_machine import FILES, PodmanMachine, running
@@ -62,6 +64,17 @@ def podman() -> Iterator[PodmanMachine]:
             pytest.skip("no go: apt install what .ci/run does")
         subprocess.run(command, env={**os.environ, **GO_SETTINGS}, check=True)
         files = {program: path.read_bytes() for program, path in programs.items()}
+        (clone := folder / "clone").mkdir()
+        tracked = subprocess.run(
+            ["git", "-c", "safe.directory=*", "archive", "HEAD"],
+            cwd=ROOT,
+            stdout=subprocess.PIPE,
+            check=True,
+        )
+        subprocess.run(["tar", "--extract"], cwd=clone, input=tracked.stdout, check=True)
+        wheel = containerfile.wheel(clone)
+        files[f"context/dist/{wheel.name}"] = wheel.read_bytes()
+        files["context/ci/Containerfile"] = containerfile.FILE.read_bytes()
         files["go_agent.py"] = Path(__file__).with_name("go_agent.py").read_bytes()
         try:
             with running(folder, files) as machine:
@@ -111,3 +124,19 @@ def test_the_demo(podman: PodmanMachine) -> None:
     done = podman.contain(*VSOCK.split(), "demo", "--json", options=ORDINARY_USER)
     assert done.status == 0, done
     assert all(step["ok"] for step in json.loads(done.output)["steps"])
+
+
+def test_the_image_of_the_containerfile(podman: PodmanMachine) -> None:
+    """Build ``ci/Containerfile`` as it is, and run the image's command and a suite in it."""
+    assert podman.import_base().status == 0
+    context = f"{FILES}/context"
+    # The machine has no network; of all, chroot takes only its own.
+    build = ("--isolation=chroot", "--network=host", "--pull=never", "--tag=vsockets")
+    done = podman.with_images("build", *build, f"--file={context}/ci/Containerfile", context)
+    assert done.status == 0, done
+    run = ("--rm", "--network=none", "--cgroups=disabled", "vsockets")
+    done = podman.with_images("run", *run)
+    assert done.status == 0, done
+    assert "fabric (vsockd)" in done.output
+    done = podman.with_images("run", *run, "vsock", "fabric", "--", "bash", "-ec", SUITE)
+    assert done == (0, "from guest 3\n", "")

@@ -6,7 +6,6 @@ name only.
 
 from __future__ import annotations
 
-import hashlib
 import os
 import re
 import shutil
@@ -16,16 +15,11 @@ from pathlib import Path
 
 import pytest
 
-from environments.debian_root import make_root
-from vsockets.vm.apt import Unavailable, cached
+from environments import containerfile
+from environments.containerfile import SUITE
+from vsockets.vm.apt import Unavailable
 
 from .test_recipes import ACTION, GITLAB, ROOT
-
-#: The suite: a client in guest 3 and the server of the test.
-SUITE = """\
-vsock run --cid 3 -- vsock listen --exec "echo from guest 3" 5000 &
-vsock connect --wait 20 3 5000
-"""
 
 pytestmark = pytest.mark.timeout(300)
 
@@ -106,36 +100,29 @@ def test_the_gitlab_job(clone: Path, tmp_path: Path, environment: dict[str, str]
 
 
 def test_the_containerfile(clone: Path, tmp_path: Path) -> None:
-    """The packages of its first step come from mmdebstrap; the others run in a copy of the root."""
+    """Run the second step in a copy of the root folder, which mmdebstrap makes for the first.
+
+    ``make test-containers`` builds the image with Podman.
+    """
     if os.geteuid() != 0:
         pytest.skip("needs root")
-    text = (ROOT / "ci/Containerfile").read_text().replace("\\\n", "")
-    first, second = re.findall(r"^RUN (.*)$", text, re.MULTILINE)
-    (names,) = re.findall(r"--no-install-recommends ([\w -]+?) +&&", first)
-    (release,) = re.findall(r"^FROM \S*debian:(\w+)-slim$", text, re.MULTILINE)
-    (pattern,) = re.findall(r"^COPY (\S+) /tmp/$", text, re.MULTILINE)
-    wheels = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir"]
-    subprocess.run([*wheels, str(clone / "dist"), str(clone)], check=True)
-    digest = hashlib.sha256(f"{release} {names}".encode()).hexdigest()[:12]
     try:
-        base = cached(
-            f"recipe-{digest}",
-            lambda folder: make_root(
-                folder, release, names.split(), "--mode=root", "--variant=minbase"
-            ),
-        )
+        base = containerfile.root_folder()
     except Unavailable as error:
         pytest.skip(str(error))
     root = tmp_path / "root"
     subprocess.run(["cp", "--archive", base, root], check=True)
-    for wheel in clone.glob(pattern):
-        shutil.copy(wheel, root / "tmp")
+    shutil.copy(containerfile.wheel(clone), root / "tmp")
     enter = ("unshare", "--mount", "--net", "--pid", "--fork", "--kill-child", "chroot", root)
     search = "export PATH=/usr/local/bin:/usr/bin:/bin"
     mount = "mount -t proc proc /proc; mount -t tmpfs none /run"
-    script = f"{search}; {mount}; {second}; vsock --version; vsock fabric -- bash -ec '{SUITE}'"
+    steps = f"{search}; {mount}; {containerfile.WHEEL}; vsock --version"
     done = subprocess.run(
-        [*enter, "bash", "-ec", script], capture_output=True, text=True, timeout=200, check=False
+        [*enter, "bash", "-ec", f"{steps}; vsock fabric -- bash -ec '{SUITE}'"],
+        capture_output=True,
+        text=True,
+        timeout=200,
+        check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.endswith("from guest 3\n")
