@@ -82,3 +82,7 @@ ACCEPTS_PER_TURN_MAX = 64
 #: Bytes of one payload in a capture: what the forwarder reads at once, and less than the limit of
 #: Wireshark (262,144).
 CAPTURE_PAYLOAD_MAX_BYTES = 65_536
+
+#: Starts of vsockd within a minute, after it was killed or has crashed, unless ``--restarts`` has
+#: another number: what makes it crash may be in what it restores.
+DAEMON_RESTARTS_DEFAULT = 0

@@ -61,13 +61,32 @@ def test_foreground(alone: Vsock) -> None:
     def pid() -> int:
         try:
             with Control(alone.folder) as control:
-                return int(control.status()["pid"])
+                status = control.status()
+                return int(status["holder"] or status["pid"])
         except OSError:
             return 0
 
     assert wait_until(pid, "vsockd to serve") == running.process.pid
     running.process.send_signal(signal.SIGTERM)
     running.finish()
+
+
+def test_a_killed_vsockd_is_started_again(alone: Vsock) -> None:
+    """In the background, too, where its standard descriptors have been replaced."""
+    alone("up", "--restarts", 5)
+    with Control(alone.folder) as control:
+        guest, status = control.add_context()["cid"], control.status()
+        assert status["holder"] is not None
+        os.kill(status["pid"], signal.SIGKILL)
+        wait_until(lambda: control.status()["pid"] != status["pid"], "vsockd to be started again")
+        assert control.status()["holder"] == status["holder"]
+        assert guest in {row["cid"] for row in control.contexts()}
+
+
+def test_no_restarts(alone: Vsock) -> None:
+    alone("up", "--restarts", 0)
+    with Control(alone.folder) as control:
+        assert control.status()["holder"] is None
 
 
 def test_several_at_once_start_one_vsockd(alone: Vsock) -> None:

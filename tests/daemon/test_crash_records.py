@@ -71,9 +71,11 @@ def profiles(folder: Path) -> dict[int, str]:
 
 
 def kill(folder: Path, number: int = signal.SIGKILL) -> None:
+    """Kill vsockd for good: its holder, and with it vsockd."""
     with Control(folder) as control:
-        pid = control.status()["pid"]
-    os.kill(pid, number)
+        status = control.status()
+    pid = status["pid"]
+    os.kill(status["holder"] or pid, number)
     wait_until(lambda: has_gone(pid), "vsockd to end", PATIENCE)
 
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import marshal
 import os
 import random
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -31,6 +33,7 @@ from .continuity import (
     datagram,
 )
 from .test_device_link import SIZES, Device
+from .users import NOBODY, as_nobody
 
 #: So often vsockd is killed while programs use it.
 _KILLS = 12
@@ -149,6 +152,20 @@ def test_the_settings_stay_when_the_configuration_has_become_invalid(
     file.write_text("[limits\n")
     kill(fabric)
     assert fabric.control.add_context()["limits"]["sockets"] == 3
+
+
+def test_refusals_and_denials_stay_counted(fabric: PrivateFabric, guest: Attachment) -> None:
+    other = fabric.guest()
+    for _ in range(2):
+        for cid, code in ((2, errno.ECONNRESET), (other.cid, errno.EHOSTUNREACH)):
+            with pytest.raises(OSError) as refused:
+                vsockets.create_connection((cid, 5000), context=guest)
+            assert refused.value.errno == code
+        before = fabric.control.counts()
+        (row,) = [one for one in before["contexts"] if one["cid"] == guest.cid]
+        assert row["refusals"] > 0 and sum(row["denials"].values()) > 0
+        kill(fabric)
+        assert fabric.control.counts() == before
 
 
 def test_followers_of_events_see_one_event(fabric: PrivateFabric) -> None:
@@ -358,6 +375,33 @@ def test_a_replaced_vsockd_is_started_again(fabric: PrivateFabric, guest: Attach
         fabric.control.replace()
         kill(fabric)
         vsockets.create_connection((2, 5000), context=guest).close()
+
+
+def test_without_a_holder_there_is_a_warning() -> None:
+    """The user may start no further process; vsockd serves all the same."""
+    program = (
+        "import os, resource, sys; resource.setrlimit(resource.RLIMIT_NPROC, (0, 0)); "
+        "os.execv(sys.executable, [sys.executable, '-m', 'vsockets.daemon', *sys.argv[1:]])"
+    )
+    with tempfile.TemporaryDirectory(prefix="vr-", dir="/tmp") as scratch:
+        if os.geteuid() == 0:
+            os.chown(scratch, NOBODY, NOBODY)
+        reader, writer = os.pipe()
+        folder, log = Path(scratch, "fabric"), Path(scratch, "log")
+        command = as_nobody(sys.executable, "-c", program, "--dir", str(folder))
+        command += ["--config", str(Path(scratch, "none")), "--ready-fd", str(writer)]
+        command += ["--restarts", "5"]
+        source = str(Path(vsockets.__file__).parents[1])
+        environment = {**os.environ, "PYTHONPATH": source}
+        with open(log, "wb") as file, open(reader, "rb") as ready:
+            process = subprocess.Popen(command, env=environment, stderr=file, pass_fds=[writer])
+            os.close(writer)
+            assert ready.read(1), log.read_text()
+        with Control(folder) as control:
+            assert control.status()["holder"] is None
+        process.terminate()
+        assert process.wait(PATIENCE) == 0
+        assert "WARNING: vsockd is not started again if it is killed: " in log.read_text()
 
 
 # The journal

@@ -9,6 +9,7 @@ from pathlib import Path
 import click
 
 from .. import launcher
+from ..limits import DAEMON_RESTARTS_DEFAULT
 from ..state_folder import default_folder
 from .connect import administrator
 from .groups import command
@@ -32,14 +33,27 @@ from .output import Column, print_json, print_table
     is_flag=True,
     help="Replace a running vsockd by a new process.  Nothing is lost.",
 )
-def up(foreground: bool, log_level: str, log_format: str, replace: bool) -> None:
+@click.option(
+    "--restarts",
+    type=click.IntRange(min=0),
+    metavar="N",
+    help="How often a minute vsockd is started again, with all that it had, when it was killed or "
+    f"has crashed; 0: never.  Default: {DAEMON_RESTARTS_DEFAULT}.  Applies when vsockd is started; "
+    "a replacement keeps the number.",
+)
+def up(
+    foreground: bool, log_level: str, log_format: str, replace: bool, restarts: int | None
+) -> None:
     """Start vsockd, the fabric's daemon, unless it runs already."""
     folder = default_folder()
     if replace and foreground:
         raise click.UsageError("--replace and --foreground exclude each other")
     if foreground:
-        _exec_vsockd(folder, "--log-level", log_level, "--log-format", log_format)
-    started = launcher.start(folder, on_demand=False)
+        options = ["--log-level", log_level, "--log-format", log_format]
+        if restarts is not None:
+            options += ["--restarts", str(restarts)]
+        _exec_vsockd(folder, *options)
+    started = launcher.start(folder, on_demand=False, restarts=restarts)
     with administrator(start=True) as control:
         pid = control.status()["pid"]
         if replace and not started:

@@ -16,13 +16,13 @@ from .._linux.cloning import can_share_descriptors
 from .._linux.folders import describe
 from .._linux.sd_notify import notify_ready
 from ..fabric import Refused
+from ..limits import DAEMON_RESTARTS_DEFAULT
 from ..state_folder import LOG, default_folder
 from . import earlier_format
 from .configuration import ConfigurationError, default_configuration_folder
 from .crash_records import How, OtherwiseStarted, Start
 from .holder import Holder
 from .journal import JournalDamaged
-from .limits import DAEMON_RESTARTS_DEFAULT
 from .recovery import Killed
 from .succession import (
     FORMAT,
@@ -140,7 +140,10 @@ def _run_in_background(run: Callable[[Callable[[], None]], int]) -> int:
 
 def _hold(arguments: argparse.Namespace, detach: Callable[[], None]) -> int:
     """Run vsockd, and start it again if it is killed, unless that is forbidden or impossible."""
-    if not arguments.restarts or not can_share_descriptors():
+    if arguments.restarts and not can_share_descriptors():
+        log.warning("vsockd is not started again if it is killed: unsupported processor")
+        arguments.restarts = 0
+    if not arguments.restarts:
         return _serve(arguments, detach, None)
     remains = arguments.succeed is None and not arguments.background
     return Holder(arguments.restarts, remains).run(partial(_serve, arguments, detach))

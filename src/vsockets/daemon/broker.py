@@ -244,11 +244,9 @@ class Broker:
         try:
             self._limit_checks.check_pending_limit(channel.party)
         except Denied as denied:
-            channel.context.counts.refusals += 1
-            source = channel.context.cid, VMADDR_PORT_ANY
-            self._audit.record(
-                channel.context, channel, denied, "a silent connection", source, None
-            )
+            context, what = channel.context, "a silent connection"
+            self._count_refusal(context)
+            self._audit.record(context, channel, denied, what, (context.cid, VMADDR_PORT_ANY), None)
             channel.send(Record(denied.errno).encode())
             channel.close()
             return
@@ -403,7 +401,7 @@ class Broker:
                 channel.party.check_rate(monotonic())
             return operation(channel, request)
         except Refused as refused:
-            context.counts.refusals += 1
+            self._count_refusal(context)
             if isinstance(refused, Denied):
                 self._record(channel, request, refused)
             else:
@@ -422,6 +420,11 @@ class Broker:
         except Exception as error:  # a bug in vsockd; closing prevents an endless retry
             self._log(logging.ERROR, channel, "request lost", error)
             return False
+
+    def _count_refusal(self, context: Context) -> None:
+        context.counts.refusals += 1
+        if self.journal is not None:
+            self.journal.refused(context)
 
     @staticmethod
     def _log(level: int, channel: Channel, what: object, error: Exception | None = None) -> None:

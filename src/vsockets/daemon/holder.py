@@ -53,8 +53,9 @@ class Holder:
 
     @property
     def inherited(self) -> set[int]:
-        """The descriptors that are not vsockd's."""
-        return {fd for fd, one in self._inherited.items() if _identity(fd) == one}
+        """The descriptors that are not vsockd's, and the three standard ones."""
+        # vsockd in the background has replaced those three.
+        return {0, 1, 2} | {fd for fd, one in self._inherited.items() if _identity(fd) == one}
 
     def run(self, serve: Callable[[Holder | None], int]) -> int:
         """Call ``serve`` in a child process, again when that was killed; return the exit status.
@@ -63,13 +64,16 @@ class Holder:
         """
         signal.pthread_sigmask(signal.SIG_BLOCK, _EXPECTED)
         starts: deque[float] = deque()
+        status = 0
         while True:
             try:
+                os.close(os.memfd_create("vsockd-journal"))  # allowed, if the journal is
                 pid = clone_sharing_descriptors()
             except OSError as error:
                 if self.is_again:
-                    raise
-                log.info("vsockd is not started again if it is killed: %s", error)
+                    log.error("vsockd cannot be started again: %s", error)
+                    return status
+                log.warning("vsockd is not started again if it is killed: %s", error)
                 signal.pthread_sigmask(signal.SIG_UNBLOCK, _EXPECTED)
                 return serve(None)
             if not pid:
@@ -81,14 +85,15 @@ class Holder:
             if self.in_flight.is_done(Step.HAND_OVER):
                 return self._leave()
             is_killed = code < 0 and -code not in FORWARDED
+            status = code if code >= 0 else 128 - code
             if not is_killed or self._ending or self.in_flight.memory.journal < 0:
-                return code if code >= 0 else 128 - code
+                return status
             name = signal.Signals(-code).name
             while starts and starts[0] < time.monotonic() - DAEMON_RESTARTS_SECONDS:
                 starts.popleft()
             if len(starts) >= self._restarts:
                 log.error("vsockd was ended by %s again: it is not started another time", name)
-                return 128 - code
+                return status
             starts.append(time.monotonic())
             log.error("vsockd was ended by %s: starting it again", name)
             self.is_again = True

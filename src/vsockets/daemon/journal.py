@@ -28,7 +28,14 @@ from zlib import crc32
 
 from ..eventloop.loop import EventLoop
 from ..fabric import Connection, Context, Endpoint, Fabric
-from .handover import Saved, Writer, save_connections, save_context, save_endpoint
+from .handover import (
+    Saved,
+    Writer,
+    save_connections,
+    save_context,
+    save_counts,
+    save_endpoint,
+)
 from .in_flight import InFlight
 from .limits import DAEMON_JOURNAL_LEAST_BYTES
 
@@ -208,6 +215,7 @@ class Journal:
         self._handed_off: WeakSet[KeptChannel] = WeakSet()
         self._endpoints: dict[Endpoint, None] = {}
         self._links: dict[KeptLink, None] = {}
+        self._refused: dict[int, Context] = {}
         self._changes: list[Change] = []
         self._ended: list[int] = []
         self._parts: list[bytes] = []  # of the beginning
@@ -239,6 +247,7 @@ class Journal:
         self._channels.clear()
         self._endpoints.clear()
         self._links.clear()
+        self._refused.clear()
         self._changes.clear()
         self._ended.clear()
         self._fabric.ended = self._ended
@@ -289,6 +298,10 @@ class Journal:
         self.row("listeners", context.cid, listeners)
         self.row("values", 0, self._fabric.contexts.following)
 
+    def refused(self, context: Context) -> None:
+        """Record in the next entry the counts of a context whose request is refused."""
+        self._refused[context.cid] = context
+
     def commit(self, left: Left | None = None) -> None:
         """Write an entry with the changes since the last one, and what is ``left`` to do then.
 
@@ -310,6 +323,11 @@ class Journal:
             self._save_changed()
         if self._ended:
             self._changes.append(("ended", 0, self._ended))
+        if self._refused:
+            for cid, context in self._refused.items():
+                counts = save_counts(context.counts)
+                self.row("refusals", cid, (counts["refusals"], counts["denials"]))
+            self._refused.clear()
         return bool(self._changes)
 
     def _append(self, log: Log, left: Left | None, serial: int) -> None:

@@ -103,9 +103,7 @@ CONTROL_REPORT_PART_ROWS = 32
 #: its beginning on top: so beginning one takes a small part of vsockd's time.
 DAEMON_JOURNAL_LEAST_BYTES = 4 << 20
 
-#: Starts of vsockd, unless ``--restarts`` has another number, after it was killed or has crashed,
-#: within so many seconds: what makes it crash may be in what it restores.
-DAEMON_RESTARTS_DEFAULT = 0
+#: Seconds in which vsockd is started again at most ``--restarts`` times (DAEMON_RESTARTS_DEFAULT).
 DAEMON_RESTARTS_SECONDS = 60.0
 
 #: Descriptors that vsockd keeps free, or a quarter of its limit if that is less: for requests that

@@ -270,6 +270,11 @@ class _Tables:
                 for one in row:
                     self._connections.pop(one, None)
                 continue
+            if table == "refusals":
+                if number in self._contexts:
+                    counts = self._contexts[number]["counts"]
+                    counts["refusals"], counts["denials"] = row
+                continue
             if row is not None and table in ("connections", "pending"):
                 self._count(row, table == "connections")
             if row is None:
