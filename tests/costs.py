@@ -1,4 +1,4 @@
-"""What the test files cost in processor time, with all processes that they started and ended."""
+"""Processor time of the test files, with all processes that they started and ended."""
 
 from __future__ import annotations
 
