@@ -386,6 +386,17 @@ def test_nothing_is_lost_by_a_reload_and_a_replacement(machine: SystemdMachine) 
     assert machine.shell(f"{ENVIRONMENT} vsock connect 5 5009") == "from before\n"
 
 
+def test_a_killed_vsockd_loses_nothing(machine: SystemdMachine) -> None:
+    """Its holder is the main process, and starts it again."""
+    main, before = machine.property("vsockd", "MainPID"), serving(machine)
+    restarts = machine.property("vsockd", "NRestarts")
+    stream_over(machine, "python3", "-c", f"import os; os.kill({before}, 9)")
+    assert serving(machine) != before
+    assert machine.property("vsockd", "MainPID") == main
+    assert machine.property("vsockd", "NRestarts") == restarts
+    assert machine.shell(f"{ENVIRONMENT} vsock connect 5 5009") == "from before\n"
+
+
 def test_an_upgrade_replaces_it_and_nothing_is_lost(machine: SystemdMachine) -> None:
     """The services, too, also those of an administrator's units; other programs get no signal."""
     export = "vsock --dir /run/vsock nfs serve --export /srv --state /run/nfs.state"
