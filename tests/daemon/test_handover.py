@@ -6,6 +6,7 @@ import contextlib
 import gc
 import marshal
 import os
+import signal
 import socket
 import threading
 from typing import Any
@@ -181,6 +182,9 @@ def test_state_of_the_format_before_is_taken_over() -> None:
         arguments = stack.enter_context(ours), rows, in_format_4(state, rows), writer.descriptors
         playing = threading.Thread(target=hand_over, args=arguments)
         playing.start()
+        # A successor blocks signals until it serves; later tests' programs would inherit that.
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, [])
+        stack.callback(signal.pthread_sigmask, signal.SIG_SETMASK, mask)
         predecessor = succession.Predecessor(theirs.detach(), earlier_format.FORMAT)
         stack.callback(gc.enable)
         predecessor.receive(lambda _: pytest.fail("a part in advance"))

@@ -259,11 +259,13 @@ class BrokerWorld(World):
         old_loop.forget()
         loop.now = old_loop.now
         self.loop, self.fabric, self.broker = loop, fabric, broker
-        succession.restore_broker(reader, marshal.loads(state), cast(Any, loop), broker)
-        broker.streams.resume()
-        broker.streams.open()
-        close_broker(old)
-        old_loop.close()
+        try:
+            succession.restore_broker(reader, marshal.loads(state), cast(Any, loop), broker)
+            broker.streams.resume()
+            broker.streams.open()
+        finally:
+            close_broker(old)
+            old_loop.close()
         after = self._describe()
         assert after == before, f"replaced: {set(after) ^ set(before)}"
 
