@@ -169,8 +169,8 @@ def test_vsockd_starts_with_the_package(machine: SystemdMachine) -> None:
     assert machine.run("systemctl", "is-enabled", "vsockd") == "enabled\n"
     assert machine.run("systemctl", "is-active", "vsockd") == "active\n"
     assert machine.property("vsockd", "Type") == "notify"
-    main = machine.property("vsockd", "MainPID")
-    assert f"pid               {main}\n" in machine.run("vsock", "status")
+    status = json.loads(machine.run("vsock", "status", "--json"))
+    assert machine.property("vsockd", "MainPID") == str(status["holder"])
 
 
 def test_a_reload_reads_the_configuration(machine: SystemdMachine) -> None:
