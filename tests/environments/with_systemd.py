@@ -387,7 +387,7 @@ def test_nothing_is_lost_by_a_reload_and_a_replacement(machine: SystemdMachine) 
 
 
 def test_a_killed_vsockd_loses_nothing(machine: SystemdMachine) -> None:
-    """Its holder is the main process, and starts it again."""
+    """The holder, the main process, starts vsockd again."""
     main, before = machine.property("vsockd", "MainPID"), serving(machine)
     restarts = machine.property("vsockd", "NRestarts")
     stream_over(machine, "python3", "-c", f"import os; os.kill({before}, 9)")

@@ -11,6 +11,7 @@ from .broker_world import BrokerWorld
 from .datagram_world import DatagramWorld
 from .engine import Failure, World, simulate
 from .fabric_world import FabricWorld
+from .killed_world import KilledWorld
 from .named_world import NamedWorld
 from .virtio_device_world import VirtioDeviceWorld
 from .virtio_world import VirtioWorld
@@ -25,6 +26,7 @@ WORLDS: tuple[type[World], ...] = (
     BrokerWorld,
     DatagramWorld,
     NamedWorld,
+    KilledWorld,
 )
 
 
@@ -41,6 +43,8 @@ def main(arguments: list[str] | None = None) -> int:
     started, taken, faults = monotonic(), Counter[str](), 0
     for seed in seeds:
         for world in worlds:
+            if len(worlds) > 1 and seed % world.every:
+                continue
             try:
                 done = simulate(world, seed, options.steps)
             except Failure as failure:

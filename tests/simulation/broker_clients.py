@@ -34,8 +34,11 @@ class ProgramChannel(Channel):
 
     def read(self) -> bytes:
         """Return the next request, without its writer's credentials, which are this process's."""
+        is_stream = self.kind is EndpointKind.STREAM
         try:
-            return self.sock.recv(REQUEST_SIZE, READ if self.kind is EndpointKind.STREAM else PEEK)
+            if is_stream and self.in_flight is not None:
+                return self.in_flight.read(self.sock)[0]
+            return self.sock.recv(REQUEST_SIZE, READ if is_stream else PEEK)
         except ConnectionError:
             return b""
 

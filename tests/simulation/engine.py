@@ -22,6 +22,8 @@ class World:
     actions: ClassVar[dict[str, int]] = {}
     #: the actions that are faults
     faults: ClassVar[frozenset[str]] = frozenset()
+    #: one in so many seeds is run, where many seeds are
+    every: ClassVar[int] = 1
 
     def check(self) -> None:
         """Raise AssertionError when an invariant does not hold."""

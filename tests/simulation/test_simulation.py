@@ -11,12 +11,15 @@ from typing import Any
 import pytest
 
 from forms import choose
-from vsockets.daemon import handover
+from vsockets.daemon import handover, recovery
 from vsockets.daemon.broker import Broker
 from vsockets.daemon.channel import Channel
 from vsockets.daemon.datagrams import DatagramSocket, Route
 from vsockets.daemon.device_link import HandoffLink
+from vsockets.daemon.in_flight import InFlight, Step
+from vsockets.daemon.journal import Journal
 from vsockets.daemon.named_sockets import NamedSocket
+from vsockets.daemon.stream_liveness import StreamLiveness
 from vsockets.daemon.streams import Streams
 from vsockets.devices.limits import VIRTIO_MERGED_PACKET_MAX_BYTES
 from vsockets.devices.virtio.connection import VirtioConnection
@@ -34,6 +37,7 @@ from .broker_world import BrokerWorld
 from .datagram_world import DatagramWorld
 from .engine import Failure, World, generate, run, shorten, simulate
 from .fabric_world import FabricWorld
+from .killed_world import KilledWorld
 from .named_world import NamedWorld
 from .virtio_device_world import VirtioDeviceWorld
 from .virtio_world import VirtioWorld
@@ -339,6 +343,79 @@ def stream_ended_since_its_row_was_sent(patch: pytest.MonkeyPatch) -> None:
 def connection_since_its_listener_was_sent(patch: pytest.MonkeyPatch) -> None:
     """A new vsockd does not count a connection that waits to be accepted."""
     patch.setattr(Channel, "version", property(lambda self: self.requests))
+
+
+def step_is_done_again(patch: pytest.MonkeyPatch) -> None:
+    """A vsockd that is started again repeats a reply, or an announcement, that was sent."""
+    send = InFlight.send
+
+    def faulty(self: InFlight, step: Step, *arguments: Any) -> None:
+        self._calls[step].message.len = 0
+        send(self, step, *arguments)
+
+    patch.setattr(InFlight, "send", faulty)
+
+
+def entry_is_written_after_the_reply(patch: pytest.MonkeyPatch) -> None:
+    """A reply is sent before the journal has what it says."""
+    commit = Journal.commit
+    patch.setattr(Journal, "commit", lambda self, left=None: None if left else commit(self))
+
+
+def port_of_the_last_connect_overflows(patch: pytest.MonkeyPatch) -> None:
+    """Found by this simulator: after the last port, vsockd assigned invalid ones."""
+    patch.setattr(recovery, "VMADDR_PORT_ANY", 1 << 40)
+
+
+def no_group_is_checked(patch: pytest.MonkeyPatch) -> None:
+    """Found by this simulator: a request was lost that made vsockd look for closed streams."""
+
+    def faulty(self: StreamLiveness) -> None:
+        self.check(next(iter(self._groups.values())))
+
+    patch.setattr(StreamLiveness, "check_oldest", faulty)
+
+
+def retry_is_not_recorded(patch: pytest.MonkeyPatch) -> None:
+    """Mended in 46eba37: a client that may try again was forgotten when vsockd was killed twice."""
+    resume = Broker.resume
+
+    def faulty(self: Broker, channel: Channel) -> None:
+        resume(self, channel)
+        if self.journal is not None:
+            self.journal._channels.pop(channel, None)
+
+    patch.setattr(Broker, "resume", faulty)
+
+
+def refused_offer_is_not_recorded(patch: pytest.MonkeyPatch) -> None:
+    """Found by this simulator: a bound socket that a full link refuses was forgotten."""
+    record = Journal.channel
+
+    def faulty(self: Journal, channel: Channel) -> None:
+        if channel not in self._handed_off:
+            record(self, channel)
+
+    patch.setattr(Journal, "channel", faulty)
+
+
+#: Their histories are not shortened: that would take half a minute for each.
+KILLED_FAULTS: dict[Plant, int] = {
+    step_is_done_again: 5,
+    entry_is_written_after_the_reply: 6,
+    retry_is_not_recorded: 261,
+    refused_offer_is_not_recorded: 92,
+    port_of_the_last_connect_overflows: 39,
+    no_group_is_checked: 15,
+}
+
+
+@pytest.mark.parametrize("plant", KILLED_FAULTS)
+def test_planted_fault_of_the_journal_is_found(
+    plant: Plant, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plant(monkeypatch)
+    find(KilledWorld, KILLED_FAULTS[plant], 8)
 
 
 NAMED_FAULTS: list[Plant] = [closed_listener_is_handed_over, closed_path_is_handed_over]

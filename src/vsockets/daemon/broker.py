@@ -677,7 +677,7 @@ class Broker:
         except OSError as error:
             target.forget(record)
             if self.journal is not None:
-                self.journal.link(target)
+                self.journal.withdraw(channel, target)
             self._abandon(channel, connection)
             code = errno.ENOBUFS if error.errno in SHORTAGE else errno.ECONNRESET
             raise Refused(code, f"the device cannot be asked: {error.strerror}") from None

@@ -219,6 +219,7 @@ class Journal:
         self._changes: list[Change] = []
         self._ended: list[int] = []
         self._parts: list[bytes] = []  # of the beginning
+        self._was_kept = False  # the channel of the connection that was handed off last
         self.writer = Writer(fabric, lasting=True)
 
     def prepare(self, save_early: Callable[[Writer], Iterator[Saved]]) -> None:
@@ -430,6 +431,7 @@ class Journal:
         self, channel: KeptChannel, connection: Connection, target: KeptLink, record: bytes
     ) -> None:
         """Write an entry for a connection that is handed off to a device or relay."""
+        self._was_kept = channel in self.writer.channels
         self.forget(channel)
         self._endpoints[connection.listener] = None
         self._links[target] = None
@@ -443,6 +445,12 @@ class Journal:
         self._changes.append(("channels", number, row))
         fd = channel.sock.fileno()
         self.commit(("offer", fd, self.writer.link(target), record))
+
+    def withdraw(self, channel: KeptChannel, target: KeptLink) -> None:
+        """Record in the next entry that the connection of :meth:`pending` is not handed off."""
+        self._links[target] = None
+        if self._was_kept:  # else the channel is recorded when it is kept
+            self.channel(channel)
 
     def _save_changed(self) -> None:
         writer = self.writer

@@ -12,6 +12,7 @@ from typing import Any
 
 from .._linux.inspection import open_descriptors
 from ..fabric import Endpoint, EndpointKind, Party
+from ..model.constants import LAST_RESERVED_PORT, VMADDR_PORT_ANY
 from ..state_folder import SEQPACKET, STREAM
 from .admin.control import ControlSocket
 from .broker import Broker
@@ -294,7 +295,8 @@ class _Tables:
         if cid in self._contexts:
             following, datagrams = self._contexts[cid]["following"]
             if 0 <= port - following < _NEXT_PORTS:  # else the program has chosen it
-                self._contexts[cid]["following"] = [port + 1, datagrams]
+                following = port + 1 if port < VMADDR_PORT_ANY - 1 else LAST_RESERVED_PORT + 1
+                self._contexts[cid]["following"] = [following, datagrams]
 
     def finish(self) -> None:
         """Return the tables to the form of the hand-over."""

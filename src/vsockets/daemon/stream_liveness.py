@@ -317,7 +317,8 @@ class StreamLiveness:
 
     def check_oldest(self) -> None:
         """Check the group that was checked longest ago."""
-        self.check(next(iter(self._groups.values())))
+        if self._groups:  # a vsockd that is started again may continue a request without any
+            self.check(next(iter(self._groups.values())))
 
     def inodes(self) -> dict[int, int]:
         """Return the inodes of accepting ends at the last check, by number of the stream."""
