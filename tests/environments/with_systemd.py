@@ -390,7 +390,7 @@ def test_a_killed_vsockd_loses_nothing(machine: SystemdMachine) -> None:
     """The holder, the main process, starts vsockd again."""
     main, before = machine.property("vsockd", "MainPID"), serving(machine)
     restarts = machine.property("vsockd", "NRestarts")
-    stream_over(machine, "python3", "-c", f"import os; os.kill({before}, 9)")
+    stream_over(machine, "python3", "-c", quoted(f"import os; os.kill({before}, 9)"))
     assert serving(machine) != before
     assert machine.property("vsockd", "MainPID") == main
     assert machine.property("vsockd", "NRestarts") == restarts
