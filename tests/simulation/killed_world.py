@@ -45,7 +45,7 @@ _kept: list[object] = []
 
 
 class KilledBroker(Killed):
-    """The rest of a killed vsockd; its clients' rights are simulated."""
+    """The state that a killed vsockd has left; its clients' rights are simulated."""
 
     def __init__(self, in_flight: InFlight, kept: set[int], clients: dict[int, Process]) -> None:
         """Start without state; ``clients`` are the processes that have connected, by inode."""
@@ -62,7 +62,7 @@ class KilledBroker(Killed):
 
 
 class NoAdministrators:
-    """A control socket that nobody connects to."""
+    """A control socket without clients."""
 
     def owns(self, fd: int) -> bool:
         return False
