@@ -52,7 +52,7 @@ class Control:
         The result has vsockd's pid, folder, configuration and uptime in seconds, and the numbers of
         contexts, streams, listeners, datagram sockets, refusals, denials and open descriptors.
         """
-        return self._request("status")  # type: ignore[no-any-return]
+        return self._report("status")[1]  # type: ignore[no-any-return]
 
     def sockets(self) -> list[dict[str, Any]]:
         """Return every socket of the fabric, with one row for each end of a stream.
@@ -67,8 +67,8 @@ class Control:
         those that a device or a forwarder has moved and reported; None for other sockets, whose
         bytes the kernel does not count.
         """
-        rows: list[dict[str, Any]] = self._request("sockets")
-        return sorted(rows, key=lambda row: (row["context"], row["type"], row["port"]))
+        rows, last = self._report("sockets")
+        return sorted(rows + last, key=lambda row: (row["context"], row["type"], row["port"]))
 
     def counts(self) -> dict[str, Any]:
         """Return the counters of all contexts.
@@ -82,12 +82,13 @@ class Control:
         and ``streams`` are the current numbers.  The four numbers of bytes are those of
         :meth:`sockets`, summed over all streams of a virtual machine; None in other contexts.
         """
-        *contexts, departed = self._request("counts")
-        return {"contexts": contexts, "departed": departed}
+        rows, last = self._report("counts")
+        return {**last, "contexts": rows + last["contexts"]}
 
     def contexts(self) -> list[dict[str, Any]]:
         """Return a row for each context, with cid, name, owner (user id), folder and ports."""
-        return self._request("context.list")  # type: ignore[no-any-return]
+        rows, last = self._report("context.list")
+        return rows + last  # type: ignore[no-any-return]
 
     def add_context(
         self,
@@ -265,13 +266,13 @@ class Control:
     def _change_state(self, cid: int, change: str) -> dict[str, Any]:
         return self._request("context.change", cid=cid, change=change)  # type: ignore[no-any-return]
 
-    def _request(self, op: str, **arguments: Any) -> Any:
-        """Return vsockd's answer; a report that is answered in parts, as one list."""
+    def _report(self, op: str) -> tuple[list[Any], Any]:
+        """Return the rows of a report that came in parts, and the answer with the last ones."""
         deadline = time.monotonic() + VSOCKD_REPLY_TIMEOUT_SECONDS
         while True:
             try:
                 rows: list[Any] = []
-                reply = self._exchange(op, **arguments)
+                reply = self._exchange(op, parts=True)
                 while "part" in reply:
                     rows += reply["part"]
                     reply = self._exchange("continue")
@@ -280,7 +281,10 @@ class Control:
                 if error.errno != errno.ESTALE or time.monotonic() > deadline:
                     raise
             else:
-                return rows + reply["ok"] if rows else reply["ok"]
+                return rows, reply["ok"]
+
+    def _request(self, op: str, **arguments: Any) -> Any:
+        return self._exchange(op, **arguments)["ok"]
 
     def _exchange(self, op: str, **arguments: Any) -> dict[str, Any]:
         self._sock.sendall(json.dumps({"op": op, **arguments}).encode() + b"\n")

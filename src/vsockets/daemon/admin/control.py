@@ -3,9 +3,9 @@
 ``{"op": "context.add", "cid": 3}`` is answered by ``{"ok": …}`` or by
 ``{"error": "…", "errno": 17}``.  The socket's mode admits the fabric's owner and root.
 
-A long report is answered in parts, so that other clients never wait for it: as long as the answer
-is ``{"part": [rows]}``, the administrator sends ``{"op": "continue"}``; ``{"ok": …}`` has the last
-rows.
+A request of a report with ``"parts": true`` is answered in parts, so that other clients never wait
+for it: as long as the answer is ``{"part": [rows]}``, the administrator sends ``{"op":
+"continue"}``; ``{"ok": …}`` has the last rows.  Programs of releases before do not ask for parts.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import array
 import dataclasses
 import errno
 import json
+import math
 import os
 import socket
 from collections.abc import Callable, Mapping
@@ -337,7 +338,9 @@ class ControlSession:
                 return self._continue_report()
             if isinstance(op, str) and op in self._reports:
                 self._report = self._reports[op]()
-                return self._continue_report()
+                if request.boolean("parts"):
+                    return self._continue_report()
+                return self._continue_report(math.inf, math.inf)
             if not isinstance(op, str) or op not in self._operations:
                 known = sorted([*self._operations, *self._reports, "continue"])
                 raise request.error(f"expected one of {known}", "op")
@@ -363,20 +366,22 @@ class ControlSession:
 
     # Reports
 
-    def _continue_report(self) -> dict[str, Any]:
-        """Work on the report for a moment; return the rows made, and whether it is complete."""
+    def _continue_report(
+        self, seconds: float = CONTROL_REPORT_STEP_SECONDS, most: float = CONTROL_REPORT_PART_ROWS
+    ) -> dict[str, Any]:
+        """Work on the report for a moment; return a part of ``most`` rows, or the answer."""
         if self._report is None:
             raise Refused(errno.ESTALE, "vsockd was replaced during the report: request it again")
         rows: list[reports.Row] = []
-        end = thread_time() + CONTROL_REPORT_STEP_SECONDS
+        end = thread_time() + seconds
         try:
-            while len(rows) < CONTROL_REPORT_PART_ROWS and thread_time() < end:
+            while len(rows) < most and thread_time() < end:
                 row = next(self._report)
                 if row is not None:
                     rows.append(row)
         except StopIteration as stop:
             self._report = None
-            return {"ok": rows if stop.value is None else stop.value}
+            return {"ok": stop.value(rows)}
         except BaseException:
             self._report = None
             raise
@@ -394,7 +399,7 @@ class ControlSession:
         for context in reports.by_cid(broker):
             if context.cid:
                 yield self._row(context)
-        return None
+        return list
 
     def _row(self, context: Context) -> dict[str, Any]:
         folder = self._handlers.contexts.folder_of(context)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import time
 from collections import Counter
-from collections.abc import Generator, Iterable
+from collections.abc import Callable, Generator, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +20,9 @@ from ..broker import Broker
 from ..datagrams import Traffic
 
 Row = dict[str, Any]
-#: A report in the making, and what it returns beside its rows.
-Report = Generator[Row | None, None, Row | None]
+#: A report in the making.  It returns a function of the rows that were not sent before, whose
+#: result is the answer.
+Report = Generator[Row | None, None, Callable[[list[Row]], Any]]
 
 #: Streams counted in one step: some 100 microseconds.
 _COUNTED_PER_STEP = 256
@@ -41,7 +42,7 @@ def status(broker: Broker) -> Report:
             for holder in context.connected.values()
         )
         yield None
-    return {
+    totals = {
         "contexts": sum(context.cid != 0 for context in fabric.contexts),
         "streams": len(fabric.connections),
         "listeners": listeners,
@@ -51,13 +52,11 @@ def status(broker: Broker) -> Report:
         "limits_met": sum(total.denials[rule] for rule in LIMIT_RULES),
         "descriptors": len(os.listdir("/proc/self/fd")) - 1,
     }
+    return lambda _: totals
 
 
 def counts(broker: Broker) -> Report:
-    """Report each context's sockets and streams, and its counters since it was added.
-
-    The last row has the sums of the contexts that have ended.
-    """
+    """Report each context's sockets and streams, and its counters since it was added."""
     yield from broker.refresh()
     streams: Counter[Context] = Counter()
     for number, stream in enumerate(list(broker.fabric.connections.values())):
@@ -75,8 +74,8 @@ def counts(broker: Broker) -> Report:
             **_bytes(context.meter),
             **_counted(context.counts),
         }
-    yield _counted(broker.fabric.departed)
-    return None
+    departed = _counted(broker.fabric.departed)
+    return lambda rows: {"contexts": rows, "departed": departed}
 
 
 def by_cid(broker: Broker) -> list[Context]:
@@ -179,7 +178,7 @@ def socket_rows(broker: Broker) -> Report:
                     yield from _stream_rows(holder, inodes.get(holder.number))
                 else:
                     yield _endpoint_row(holder, traffic)
-    return None
+    return list
 
 
 def _endpoint_row(endpoint: Endpoint, traffic: Traffic) -> Row:
