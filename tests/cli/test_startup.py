@@ -85,6 +85,13 @@ def test_small_commands_import_no_other(vsock: Vsock, arguments: tuple[str, ...]
     assert not modules.intersection(HEAVY)
 
 
+@pytest.mark.parametrize("arguments", [("ls",), ("run", "--cid", "local", "--", "true")])
+def test_frequent_commands_import_no_event_loop(vsock: Vsock, arguments: tuple[str, ...]) -> None:
+    modules = imported(*arguments, environment=vsock.environment)
+    assert "vsockets.cli.connect" in modules
+    assert not modules.intersection({"asyncio", "ssl", "vsockets.forward"})
+
+
 def test_a_package_without_dependencies_imports_and_vsock_names_what_is_missing(
     tmp_path: Path,
 ) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import errno
 import os
@@ -10,16 +9,18 @@ import socket as stdlib
 import time
 from collections.abc import Callable, Collection
 from pathlib import Path
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from .. import launcher
 from ..attachment import Attachment, ContextHandle, assigned, current
 from ..control import Control
 from ..eventloop.retry import Backoff
 from ..model.constants import VMADDR_CID_HOST
-from ..model.locator import Locator
 from ..state_folder import default_folder, require_private
 from .errors import CONNECT, CliError, cli_error
+
+if TYPE_CHECKING:
+    from ..model.locator import Locator
 
 #: Seconds to retry while another process is starting vsockd.
 _PATIENCE = 10.0
@@ -139,6 +140,8 @@ def connected(target: Locator, timeout: float) -> stdlib.socket:
 
     Raises CliError.
     """
+    import asyncio  # here, and the dialer, because most commands do without them
+
     from ..forward.dialer import Dialer
 
     async def connect() -> stdlib.socket:
