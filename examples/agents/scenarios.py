@@ -227,7 +227,7 @@ def half_open_at_the_host(stage):
 
 @scenario("firecracker")
 def reset_without_restore(stage):
-    """The source of a snapshot sees what a restored machine sees, and is none."""
+    """The source of a snapshot is reset as a restored machine is, and must keep its name."""
     stage.listen()
     stage.start()
     stage.report("before")

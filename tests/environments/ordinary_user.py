@@ -27,8 +27,9 @@ PARTS = (
     *("tests/cli/test_run.py", "tests/cli/test_streams.py", "tests/containers"),
 )
 
-#: Files below PARTS whose tests have the same result whoever runs them: vsockd's decisions, limits
-#: and turns; one more language or tool in a supervised program, whose system calls are the same.
+#: Files below PARTS whose tests have the same result for root and for any other user: vsockd's
+#: decisions, limits and turns; one more language or tool in a supervised program, whose system
+#: calls are the same.
 OMITTED = (
     *("tests/daemon/test_datagram_epochs.py", "tests/daemon/test_deferred_work.py"),
     *("tests/daemon/test_device_link.py", "tests/daemon/test_exhaustion.py"),

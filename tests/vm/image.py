@@ -68,7 +68,7 @@ def build(
 def _bytecode(root: Path, modules: str) -> dict[str, bytes]:
     """Return compiled modules by path: compiling is slow in emulation.
 
-    Only a Python of the guest's version can compile for it; with another, there are none.
+    Only a Python of the guest's version can compile for it; with another, the result is empty.
     """
     found: dict[str, bytes] = {}
     version = f"python{sys.version_info.major}.{sys.version_info.minor}"

@@ -16,6 +16,7 @@ import sys
 import tempfile
 import threading
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -70,16 +71,20 @@ _LOCAL: dict[str, Any] = {}
 exec(_LOOK, _LOCAL)
 
 
-class Side:
+class Unsupported(Exception):
+    """An operation that the hypervisor refuses; the message is its own."""
+
+
+class Side(ABC):
     """The host's way to a guest and back."""
 
+    @abstractmethod
     def dial(self, port: int) -> socket.socket:
         """Connect to the guest."""
-        raise NotImplementedError
 
+    @abstractmethod
     def listen(self, port: int) -> Any:
         """Listen for connects of the guest."""
-        raise NotImplementedError
 
 
 class Kernel(Side):
@@ -128,7 +133,7 @@ class Hybrid(Side):
         return server
 
 
-class World:
+class World(ABC):
     """A machine whose life has operations, with one or more sides."""
 
     guest: Agent
@@ -137,9 +142,9 @@ class World:
     #: Called while the machine is paused.
     paused: Callable[[], None]
 
+    @abstractmethod
     def operations(self) -> dict[str, Callable[[], object]]:
-        """Return the operations; one that lacks a name is not there in this world."""
-        raise NotImplementedError
+        """Return the operations that this world has, by name."""
 
     def recover(self) -> None:
         """Start the machine again, after an operation that it has not survived."""
@@ -183,7 +188,7 @@ class Real(World):
         try:
             self.machine.monitor("migrate", uri=f"file:{self._path}.saved")
         except MonitorError as error:
-            raise NotImplementedError(str(error)) from None
+            raise Unsupported(str(error)) from None
         raise AssertionError("QEMU saves the machine: describe it")
 
     def _replace(self) -> None:
@@ -435,7 +440,7 @@ def observe(world: World) -> dict[str, dict[str, Observations]]:
         world.paused = dial_all
         try:
             operation()
-        except NotImplementedError as error:
+        except Unsupported as error:
             refused = str(error)
         for side, scenario in scenarios.items():
             lives = name not in ENDS

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
 
+from ..eventloop.retry import Backoff
 from ..model.text import printable
 from .limits import (
     VM_AGENT_CHUNK_BYTES,
@@ -93,13 +94,12 @@ class QemuAgent:
         if given:
             arguments["input-data"] = base64.b64encode(given).decode()
         pid = _integer(self.call("guest-exec", arguments), "pid")
-        pause = _FIRST_PAUSE_SECONDS
+        backoff = Backoff(_FIRST_PAUSE_SECONDS, VM_AGENT_POLL_MAX_SECONDS)
         while True:
             state = self.call("guest-exec-status", {"pid": pid})
             if _boolean(state, "exited"):
                 return _finished(state)
-            time.sleep(pause)
-            pause = min(2 * pause, VM_AGENT_POLL_MAX_SECONDS)
+            time.sleep(backoff.next_pause())
 
     # Files
 
