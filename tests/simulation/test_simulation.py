@@ -415,7 +415,8 @@ def test_planted_fault_of_the_journal_is_found(
     plant: Plant, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plant(monkeypatch)
-    find(KilledWorld, KILLED_FAULTS[plant], 8)
+    seed = find(KilledWorld, KILLED_FAULTS[plant], 8)
+    assert_mended(KilledWorld, seed, monkeypatch)
 
 
 NAMED_FAULTS: list[Plant] = [closed_listener_is_handed_over, closed_path_is_handed_over]
@@ -531,3 +532,10 @@ def test_planted_fault_is_found(
     with pytest.raises(Failure) as failure:
         run(world, seed, history)
     assert failure.value.history == history
+    assert_mended(world, seed, monkeypatch)
+
+
+def assert_mended(world: type[World], seed: int, patch: pytest.MonkeyPatch) -> None:
+    """Check that without the planted fault the seed passes that has found it."""
+    patch.undo()
+    run(world, seed, generate(world, seed, STEPS))
