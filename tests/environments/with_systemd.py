@@ -339,7 +339,7 @@ with registered(name, 5, os.getpid()):
         with registered(name, 6, os.getpid()):
             pass
     except RegistrationFailed as error:
-        print(error)
+        print(error, flush=True)
 subprocess.run(["machinectl", "list"], check=True)
 """
 

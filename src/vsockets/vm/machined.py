@@ -9,6 +9,7 @@ import contextlib
 import json
 import re
 import socket
+import subprocess
 from collections.abc import Iterator
 from typing import Any
 
@@ -51,7 +52,7 @@ def _call(method: str, parameters: dict[str, Any]) -> None:
     try:
         with socket.socket(socket.AF_UNIX) as sock:
             sock.settimeout(VM_MACHINED_SECONDS)
-            sock.connect(SOCKET)
+            _connect(sock)
             sock.sendall(json.dumps(request).encode() + b"\0")
             received = b""
             while b"\0" not in received and len(received) < VM_MACHINED_REPLY_MAX_BYTES:
@@ -59,11 +60,22 @@ def _call(method: str, parameters: dict[str, Any]) -> None:
                     break
                 received += data
         reply = json.loads(received.partition(b"\0")[0])
-    except OSError as error:
+    except (OSError, subprocess.TimeoutExpired) as error:
+        problem = getattr(error, "strerror", None) or error
         raise RegistrationFailed(
-            f"systemd-machined: {error.strerror or error} (expected systemd 256 or later, and root)"
+            f"systemd-machined: {problem} (expected systemd 256 or later, and root)"
         ) from None
     except ValueError:
         raise RegistrationFailed("systemd-machined: malformed reply (expected JSON)") from None
     if "error" in reply:
         raise RegistrationFailed(f"systemd-machined: {method}: {printable(str(reply['error']))}")
+
+
+def _connect(sock: socket.socket) -> None:
+    try:
+        sock.connect(SOCKET)
+    except FileNotFoundError:
+        # systemd 257 starts it by itself for clients on D-Bus alone, and it ends when it is idle.
+        start = ["systemctl", "start", "systemd-machined"]
+        subprocess.run(start, capture_output=True, check=False, timeout=VM_MACHINED_SECONDS)
+        sock.connect(SOCKET)
