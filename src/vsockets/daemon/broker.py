@@ -453,15 +453,12 @@ class Broker:
             destination,
         )
 
-    def _reply(
-        self, channel: Channel, request: Request, record: bytes, was_read: bool = False
-    ) -> None:
-        """Send a reply; then read the request, unless it ``was_read`` with its descriptor."""
+    def _reply(self, channel: Channel, request: Request, record: bytes) -> None:
+        """Send a reply, then consume the request."""
         if self.journal is not None:
             self.journal.commit(("reply", channel.sock.fileno(), record, request.polling))
-            was_read = False
         channel.send(record, self.in_flight)
-        if request.flags or (channel.kind is _SEQPACKET and not was_read):
+        if request.flags or channel.kind is _SEQPACKET:
             consume(channel, request.polling)
 
     def _bind(self, channel: Channel, request: Request) -> bool:
@@ -511,7 +508,7 @@ class Broker:
             endpoint.handle = listener
             self.fabric.replace_socket(endpoint, cookie_of(sock), os.fstat(sock.fileno()).st_ino)
             self._note(channel)
-            self._reply(channel, request, encode_endpoint(endpoint), was_read=True)
+            self._reply(channel, request, encode_endpoint(endpoint))
             if before is not None:
                 before.close()
         return True
@@ -694,7 +691,7 @@ class Broker:
             if self.datagrams.find_socket(channel.context, sock) is not None:
                 raise Refused(errno.EINVAL, "the datagram socket is already bound")
             endpoint = self._adopt(channel, request, sock)
-            self._reply(channel, request, encode_endpoint(endpoint), was_read=True)
+            self._reply(channel, request, encode_endpoint(endpoint))
         return False
 
     def _route(self, channel: Channel, request: Request) -> bool:
@@ -721,8 +718,7 @@ class Broker:
         except Refused:
             route.revoke()
             raise
-        if self.in_flight is not None:
-            consume(channel, False)
+        consume(channel, False)
         return False
 
     def _catch_all(self, channel: Channel, request: Request) -> bool:
@@ -732,7 +728,7 @@ class Broker:
         assert device is not None
         with take_socket(channel, SOCK_DGRAM) as sock:
             device.streams.set_datagrams(self.datagrams.catch_all(channel.context, sock))
-            self._reply(channel, request, Record(0).encode(), was_read=True)
+            self._reply(channel, request, Record(0).encode())
         return False
 
     def _capture(self, channel: Channel, request: Request) -> bool:

@@ -416,7 +416,7 @@ def consume(channel: Channel, polling: bool) -> None:
             elif channel.has_requests:
                 in_flight.consume(channel.sock, len(PADDING))
     except (BlockingIOError, ConnectionError):
-        pass  # nothing is unread, as after a request with a descriptor, or the client has closed
+        pass  # the client has closed
 
 
 def close_socket(sock: _socket.socket, party: Party) -> None:
@@ -460,22 +460,21 @@ def has_too_many_unwanted(party: Party) -> bool:
     return party.unwanted >= DAEMON_UNWANTED_DESCRIPTORS_MAX
 
 
-def receive_with_descriptor(sock: _socket.socket, flags: int = 0) -> int | None:
-    """Read a message from a packet socket; return the descriptor that came with it, if any.
+def _peek_descriptor(sock: _socket.socket) -> int | None:
+    """Return the descriptor that came with the next message, if any; the message stays unread.
 
     The ancillary space fits one descriptor: the kernel drops any others.
     """
-    flags |= MSG_DONTWAIT | MSG_CMSG_CLOEXEC
-    _, ancillary, _, _ = sock.recvmsg(1, _AUTHOR_AND_FD, flags)
+    _, ancillary, _, _ = sock.recvmsg(1, _AUTHOR_AND_FD, PEEK | MSG_CMSG_CLOEXEC)
     return descriptor_in(ancillary)
 
 
 @contextmanager
 def take_socket(channel: Channel, *types: int) -> Iterator[_socket.socket]:
-    """Read a request with a unix socket of one of ``types`` from the channel.
+    """Yield the unix socket, of one of ``types``, that came with the request in the channel.
 
-    In a vsockd with a journal, the request stays in the channel until it is served.  Yields the
-    socket, and closes it at the end of the with block.
+    The request stays in the channel until it is served, see :func:`consume`.  The socket is closed
+    at the end of the with block.
     """
     sock = _take_socket(channel, types)
     try:
@@ -487,11 +486,11 @@ def take_socket(channel: Channel, *types: int) -> Iterator[_socket.socket]:
 def _take_socket(channel: Channel, types: tuple[int, ...]) -> _socket.socket:
     if channel.kind is not EndpointKind.SEQPACKET:
         raise ProtocolError("request with a descriptor on a stream channel")
-    # The request is then read without space for the descriptor, which the kernel closes.
+    # The request is consumed without space for the descriptor, which the kernel closes.
     if has_too_many_unwanted(channel.party):
         raise Refused(errno.ENOBUFS, f"{channel.party.name} sends invalid descriptors")
     begin = _now()
-    fd = receive_with_descriptor(channel.sock, 0 if channel.in_flight is None else MSG_PEEK)
+    fd = _peek_descriptor(channel.sock)
     _note_duration(channel.party, begin)
     if fd is None:
         raise ProtocolError("missing descriptor")
