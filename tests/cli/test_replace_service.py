@@ -155,6 +155,39 @@ def test_process_that_cannot_replace(vsock: Vsock, tcp_echo: int, tmp_path: Path
     assert "the process that has replaced this one failed (status -9)" in message
 
 
+#: Run in each worker: a child keeps the worker's link open until the worker was reaped.
+KEEPER_OF_THE_LINK = """\
+import os
+if "VSOCKETS_REPLACEMENT_LINK" in os.environ and os.fork() == 0:
+    worker = os.getppid()
+    for output in 0, 1, 2:
+        os.close(output)
+    while True:
+        try:
+            os.kill(worker, 0)
+        except ProcessLookupError:
+            os._exit(0)
+"""
+
+
+def test_worker_that_ends_while_its_link_is_read(
+    vsock: Vsock, tcp_echo: int, tmp_path: Path
+) -> None:
+    """The link is not closed, and its descriptor not reused, while a thread waits for a message."""
+    (tmp_path / "sitecustomize.py").write_text(KEEPER_OF_THE_LINK)
+    vsock.environment["PYTHONPATH"] = os.fspath(tmp_path)
+    file = tmp_path / "forwards.toml"
+    file.write_text(f'[[forward]]\nfrom = "tcp:127.0.0.1:0"\nto = "tcp:127.0.0.1:{tcp_echo}"\n')
+    running = vsock.start("forward", "--config", file)
+    running.error_line()
+    file.write_text("mistake")
+    running.process.send_signal(signal.SIGUSR2)
+    while not (line := running.error_line()).startswith("not replaced: "):
+        pass
+    assert line == "not replaced: it has ended; see its messages"
+    end(running)
+
+
 def test_worker_ends_with_its_main_process(vsock: Vsock, tcp_echo: int) -> None:
     running, port = start(vsock, "tcp:127.0.0.1:0", f"tcp:127.0.0.1:{tcp_echo}")
     worker = os.pidfd_open(replace(running))

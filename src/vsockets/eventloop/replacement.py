@@ -49,9 +49,11 @@ import subprocess
 import sys
 from collections.abc import Awaitable, Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from .._linux.folders import SocketFile
+
+T = TypeVar("T")
 
 log = logging.getLogger("vsockets.service")
 
@@ -176,16 +178,20 @@ def _receive_listeners(sock: socket.socket) -> Iterator[HandedOver]:
         if data == b"end":
             return
         if not data:
-            raise ConnectionResetError(errno.ECONNRESET, "the process has ended")
+            raise _has_ended()
         locator, file = json.loads(data)
         yield HandedOver(locator, file, list(fds))
+
+
+def _has_ended() -> OSError:
+    return ConnectionResetError(errno.ECONNRESET, "it has ended; see its messages")
 
 
 def _expect(sock: socket.socket, word: bytes, seconds: float = _ANSWER_SECONDS) -> None:
     sock.settimeout(seconds)
     found = sock.recv(64)
     if not found:
-        raise ConnectionResetError(errno.ECONNRESET, "it has ended; see its messages")
+        raise _has_ended()
     if found != word:
         raise OSError(errno.EPROTO, f"unexpected message {found!r} (expected {word!r})")
 
@@ -212,21 +218,40 @@ class _Worker:
             )
         loop = asyncio.get_running_loop()
         self.ended: asyncio.Future[int] = loop.create_future()
+        self._exchanges = False  #: whether a thread uses the link
         self._pidfd = os.pidfd_open(self.process.pid)
         loop.add_reader(self._pidfd, self._on_end)
 
     def _on_end(self) -> None:
         asyncio.get_running_loop().remove_reader(self._pidfd)
         os.close(self._pidfd)
-        self.link.close()
         self.ended.set_result(self.process.wait())
+        self._close_unused_link()
+
+    def _close_unused_link(self) -> None:
+        if self.ended.done() and not self._exchanges:
+            self.link.close()
 
     def send(self, word: bytes) -> None:
         """Send a message, unless the process has ended."""
         with contextlib.suppress(OSError):
             self.link.send(word)
 
-    # The exchange, in a thread
+    async def exchange(self, step: Callable[..., T], *arguments: object) -> T:
+        """Call a function below in a thread, which alone uses the link meanwhile; return its value.
+
+        Raises OSError if the process has ended.
+        """
+        if self.ended.done():
+            raise _has_ended()
+        self._exchanges = True
+        try:
+            return await asyncio.to_thread(step, *arguments)
+        finally:
+            self._exchanges = False
+            self._close_unused_link()
+
+    # The exchange
 
     def wait_until_started(self) -> None:
         _expect(self.link, b"started", _START_SECONDS)
@@ -387,13 +412,13 @@ class Replacement:
         try:
             with contextlib.ExitStack() as stack:
                 new = self._starting = _Worker()
-                await asyncio.to_thread(new.wait_until_started)
+                await new.exchange(new.wait_until_started)
                 if old is None or self._keeps:
                     listeners = stack.enter_context(_own_listeners())
                 else:
-                    listeners = await asyncio.to_thread(old.listeners)
+                    listeners = await old.exchange(old.listeners)
                     stack.callback(_close, listeners)
-                await asyncio.to_thread(new.give, listeners)
+                await new.exchange(new.give, listeners)
         except OSError as error:
             what = "not started" if begins else "not replaced"
             log.error("%s: %s", what, error.strerror or error)
@@ -409,7 +434,7 @@ class Replacement:
             self._retire()
         elif old is not None:
             with contextlib.suppress(OSError):  # it has ended
-                await asyncio.to_thread(old.retire)
+                await old.exchange(old.retire)
         new.send(b"serve")
         if not begins:
             log.warning("replaced by process %d", new.process.pid)
