@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 import vsockets
-from cli.vsock import Vsock
+from cli.vsock import Running, Vsock
 from vsockets.testing import PrivateFabric, wait_until
 
 GIGABYTE = 1_000_000_000
@@ -52,8 +52,12 @@ def needs(*programs: str) -> None:
             pytest.skip(f"no {program}: apt install what .ci/run does")
 
 
-def wait_for_listener(fabric: PrivateFabric, port: int) -> None:
+def wait_for_listener(fabric: PrivateFabric, port: int, program: Running) -> None:
+    """Wait until a port of any context has a listener; fail if ``program`` ends before."""
+
     def listens() -> bool:
+        if program.process.poll() is not None:
+            raise AssertionError(f"the listening program has ended: {program.finish()}")
         rows = fabric.control.sockets()
         return any((row["port"], row["state"]) == (port, "listening") for row in rows)
 
@@ -90,7 +94,7 @@ def test_socat_transfers_a_gigabyte(vsock: Vsock, fabric: PrivateFabric, sender:
     take = f"socat -u -b 262144 VSOCK-LISTEN:{port} - | {python(CONSUME)}"
     give = f"{python(PRODUCE)} | socat -u -b 262144 - VSOCK-CONNECT:{peer}:{port}"
     taking = vsock.start("run", "--cid", receiver, "sh", "-c", take)
-    wait_for_listener(fabric, port)
+    wait_for_listener(fabric, port, taking)
     given = vsock("run", "--cid", sender, "sh", "-c", give, patience=PATIENCE)
     assert taking.finish()[0].decode() == given.stderr
 
@@ -102,7 +106,7 @@ def test_ncat_transfers_a_file(vsock: Vsock, fabric: PrivateFabric, server: str)
     port = 7110 + (server == "host")
     vsock("context", "add", "85", expect=None)
     serving = vsock.start("run", "--cid", server, "--", "ncat", "--vsock", "-l", port)
-    wait_for_listener(fabric, port)
+    wait_for_listener(fabric, port, serving)
     source = f"{python('print(7 * 100_000)')} | ncat --vsock --send-only {cid} {port}"
     assert vsock("run", "--cid", client, "sh", "-c", source).stderr == ""
     assert serving.finish() == (b"700000\n", "")
@@ -131,8 +135,8 @@ def test_ssh_reaches_a_guest_without_a_network(
     script.write_text(f"#!/bin/sh\nexec {sshd} -i -f {tmp_path}/config 2>>{tmp_path}/log\n")
     script.chmod(0o755)
     in_the_guest = ("run", "--cid", "75", "--reserved-ports", "--")
-    vsock.start(*in_the_guest, "socat", "VSOCK-LISTEN:22,fork", f"EXEC:{script}")
-    wait_for_listener(fabric, 22)
+    serving = vsock.start(*in_the_guest, "socat", "VSOCK-LISTEN:22,fork", f"EXEC:{script}")
+    wait_for_listener(fabric, 22, serving)
     options = {
         "ProxyCommand": proxy.replace("exec vsock", f"exec {sys.executable} -m vsockets.cli"),
         "IdentityFile": tmp_path / "user",
@@ -162,9 +166,9 @@ def test_socat_exports_a_unix_socket_service(
         server.settimeout(PATIENCE)
         there = ("socat", "VSOCK-LISTEN:5100,fork", f"UNIX-CONNECT:{service}")
         here = ("socat", f"UNIX-LISTEN:{entrance},fork", "VSOCK-CONNECT:2:5100")
-        vsock.start("run", "--cid", "host", "--", *there)
+        serving = vsock.start("run", "--cid", "host", "--", *there)
         vsock.start("run", "--cid", "78", "--", *here)
-        wait_for_listener(fabric, 5100)
+        wait_for_listener(fabric, 5100, serving)
         wait_until(lambda: os.path.exists(entrance), "the entrance")
         for number in range(2):
             with socket.socket(socket.AF_UNIX) as client:
