@@ -24,7 +24,7 @@ from time import monotonic
 from typing import Any, TextIO
 
 from .limits import LOG_FILE_MAX_BYTES, LOG_LINES_PER_SECOND, LOG_PARTIES_MAX
-from .model.rate_limit import TokenBucket
+from .model.rates import TokenBucket
 from .model.text import printable
 
 #: Level of messages that are always logged and are not warnings, such as listening addresses.

@@ -10,7 +10,7 @@ from typing import Any
 
 import vsockets
 from support.virtio_guest import connect, simulated_guest
-from vsockets.model.byte_meter import Moved
+from vsockets.model.rates import Moved
 from vsockets.protocol import client
 from vsockets.testing import PrivateFabric, wait_until
 

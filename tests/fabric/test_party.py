@@ -24,7 +24,7 @@ from vsockets.fabric import (
 )
 from vsockets.fabric.limits import HOST_USERS_REMEMBERED_MAX
 from vsockets.model.buffers import BufferSizes
-from vsockets.model.rate_limit import TokenBucket
+from vsockets.model.rates import TokenBucket
 
 from .programs import ME, ROOT, YOU, StubProgram
 

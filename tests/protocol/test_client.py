@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vsockets.model.buffers import BufferSizes
-from vsockets.model.byte_meter import Moved
 from vsockets.model.constants import VMADDR_CID_ANY, VMADDR_PORT_ANY
+from vsockets.model.rates import Moved
 from vsockets.protocol import PADDING, REQUEST_SIZE, Op, Record, Request, RequestFlag, Role, client
 
 SIZES = BufferSizes(65_536, 128, 262_144)

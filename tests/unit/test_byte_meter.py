@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from vsockets.cli.observation import with_unit
-from vsockets.model.byte_meter import ByteMeter, Moved
+from vsockets.model.rates import ByteMeter, Moved
 
 
 def test_rates_are_those_of_the_last_interval() -> None:

@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Awaitable, Callable
 from typing import Protocol
 
-from .._linux.rlimit import allow_many_descriptors
+from .._linux.process import allow_many_descriptors
 from ..eventloop.service import run_service
 from ..logs import NOTICE
 from ..model.locator import Locator

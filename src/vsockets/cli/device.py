@@ -16,7 +16,7 @@ import click
 
 from .. import logs
 from .._linux.folders import SocketFile, open_folder
-from .._linux.sd_notify import notify_ready
+from .._linux.process import notify_ready
 from ..control import Events
 from ..model.locator import check_hybrid_path
 from .connect import administrator
@@ -147,7 +147,7 @@ def hybrid(path: Path, wait: float, **common: Any) -> None:
     each port of the host that the guest may reach and a program listens on there is a socket
     PATH_PORT.  The machine may be started before or after this command.
     """
-    from .._linux.rlimit import allow_many_descriptors
+    from .._linux.process import allow_many_descriptors
     from ..devices.hybrid import HybridMachine
 
     if problem := check_hybrid_path(str(path.absolute())):

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from .._linux.libc import check, libc
-from .._linux.rlimit import allow_many_descriptors
+from .._linux.process import allow_many_descriptors
 from ..model.text import printable
 from ..supervisor.launch import ENDED, FAILURE, MESSAGE, kill_all_children
 from ..testing import FabricFailed, PrivateFabric

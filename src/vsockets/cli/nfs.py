@@ -81,7 +81,7 @@ def serve(
     log_format: str,
 ) -> None:
     """Serve folders by NFS version 3, with the MOUNT protocol on the same port."""
-    from .._linux.rlimit import allow_many_descriptors
+    from .._linux.process import allow_many_descriptors
     from ..eventloop.replacement import take_over
     from ..nfs import server
     from ..nfs.handles import HandleStore

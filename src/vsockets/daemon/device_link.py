@@ -70,8 +70,8 @@ from ..fabric import (
     policy,
 )
 from ..limits import CAPTURE_PAYLOAD_MAX_BYTES, LISTEN_BACKLOG_MAX
-from ..model.byte_meter import ByteMeter, Moved
 from ..model.constants import VMADDR_CID_HOST, VMADDR_PORT_ANY
+from ..model.rates import ByteMeter, Moved
 from ..protocol import REQUEST_SIZE, Op, ProtocolError, Record, Request, Role
 from .channel import PEEK, READ, Channel, close_unwanted, has_too_many_unwanted, send_descriptor
 from .datagrams import DatagramSocket

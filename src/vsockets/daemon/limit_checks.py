@@ -18,7 +18,7 @@ from weakref import WeakKeyDictionary
 
 from .. import logs
 from ..fabric import Party, Refused
-from ..model.rate_limit import TokenBucket
+from ..model.rates import TokenBucket
 from .limits import DAEMON_DESCRIPTOR_RESERVE, DAEMON_PROBES_PER_SECOND, LIMIT_RECOUNT_SECONDS
 
 log = logging.getLogger(__name__)

@@ -6,7 +6,7 @@ import contextlib
 import errno
 
 from ..fabric import Connection, Context, Endpoint, EndpointKind, Fabric, Refused, trust_of
-from ..model.byte_meter import ByteMeter, Moved
+from ..model.rates import ByteMeter, Moved
 from ..protocol import Record, Request, RequestFlag
 from .channel import Channel
 from .datagrams import Datagrams

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from .. import logs
 from .._linux.libc import check, libc
-from .._linux.rlimit import allow_many_descriptors
+from .._linux.process import allow_many_descriptors
 from ..eventloop.loop import EventLoop
 from ..fabric import Fabric, Refused, Settings
 from ..model.address import FIRST_GUEST_CID

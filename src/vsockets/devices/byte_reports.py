@@ -9,8 +9,8 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable
 
-from ..model.byte_meter import REPORT_SECONDS, Moved
 from ..model.constants import VMADDR_PORT_ANY
+from ..model.rates import REPORT_SECONDS, Moved
 from ..protocol import client
 from .loop import DeviceLoop
 

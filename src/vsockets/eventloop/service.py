@@ -13,7 +13,7 @@ import os
 import signal
 from collections.abc import Awaitable, Callable, Mapping
 
-from .._linux.sd_notify import notify_ready
+from .._linux.process import notify_ready
 from .replacement import Replacement, close_unused, take_over
 
 

@@ -16,9 +16,8 @@ from typing import Any, NamedTuple, Protocol, TypeVar
 
 from ..model.address import FIRST_GUEST_CID, LARGEST, LAST_GUEST_CID
 from ..model.buffers import BufferSizes
-from ..model.byte_meter import ByteMeter
 from ..model.constants import LAST_RESERVED_PORT, VMADDR_CID_HOST, VMADDR_CID_HYPERVISOR
-from ..model.rate_limit import TokenBucket
+from ..model.rates import ByteMeter, TokenBucket
 from .limits import EPHEMERAL_PORT_TRIES_MAX, HOST_USERS_REMEMBERED_MAX
 from .settings import Grant, Isolation, Limits
 

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 
 from .._linux.sockets import cookie_of
 from ..attachment import Attachment, ContextHandle, current
-from ..model.byte_meter import REPORT_SECONDS, Moved
 from ..model.constants import AF_VSOCK
+from ..model.rates import REPORT_SECONDS, Moved
 from ..protocol import client
 from .limits import FORWARD_BYTE_REPORTS_MAX
 

@@ -7,7 +7,7 @@ import contextlib
 import socket as stdlib
 from collections.abc import Awaitable, Callable, Iterable
 
-from .._linux.rlimit import allow_many_descriptors
+from .._linux.process import allow_many_descriptors
 from ..attachment import ContextHandle
 from ..capture import Recorder
 from ..eventloop.asyncio_server import Listener, open_listener

@@ -34,8 +34,8 @@ import os
 from typing import NamedTuple
 
 from ..model.buffers import BufferSizes
-from ..model.byte_meter import Moved
 from ..model.constants import VMADDR_CID_ANY, VMADDR_PORT_ANY
+from ..model.rates import Moved
 from .messages import (
     MAGIC,
     PADDING,

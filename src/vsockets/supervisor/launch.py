@@ -26,7 +26,7 @@ from collections.abc import Callable, Collection
 from typing import NoReturn, Protocol
 
 from .._linux.libc import check, end_with_parent, libc
-from .._linux.rlimit import allow_many_descriptors
+from .._linux.process import allow_many_descriptors
 from ..attachment import Attachment
 from .arch import this_architecture
 from .filter import Rules, may_be_opened, rules

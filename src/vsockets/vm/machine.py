@@ -25,7 +25,7 @@ from pathlib import Path
 
 from qemu.qmp import ExecuteError, QMPClient, QMPError
 
-from .._linux.sd_notify import notify_ready
+from .._linux.process import notify_ready
 from ..attachment import Attachment
 from ..control import Control
 from ..guestrpc.client import RequestFailed

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from ...fabric import LIMIT_RULES, Connection, Context, Counts, Endpoint, EndpointKind
-from ...model.byte_meter import ByteMeter
+from ...model.rates import ByteMeter
 from ..broker import Broker
 from ..datagrams import Traffic
 

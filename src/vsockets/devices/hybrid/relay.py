@@ -15,7 +15,7 @@ import socket
 import sys
 
 from ... import logs
-from ..._linux.rlimit import allow_many_descriptors
+from ..._linux.process import allow_many_descriptors
 from ...model.constants import VMADDR_CID_HOST
 from ...protocol.hybrid import port_name
 from ..client import DeviceClient

@@ -1,11 +1,15 @@
-"""A child process that shares the descriptors of this one (clone(2) with CLONE_FILES)."""
+"""This process: limit of descriptors, service manager, and children that share descriptors."""
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
+import logging
 import os
 import platform
+import resource
 import signal
+import socket
 
 from .libc import end_with_parent, last_error
 
@@ -13,6 +17,34 @@ _CLONE_FILES = 0x400
 _CLONE = {"x86_64": 56, "aarch64": 220}
 # Calls that keep the GIL, as fork(2) does in the interpreter.
 _syscall = ctypes.PyDLL(None, use_errno=True).syscall
+
+
+def allow_many_descriptors() -> None:
+    """Raise the soft limit of descriptors to the hard limit.
+
+    For programs that hold descriptors for every client connection.  The usual soft limit of 1024
+    exists for programs that call select().
+    """
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with contextlib.suppress(OSError, ValueError):  # a hard limit above fs.nr_open
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
+def notify_ready() -> None:
+    """Notify the service manager, if any, that this process is ready to serve clients.
+
+    NOTIFY_SOCKET is removed from the environment, so that no child process notifies it as well.
+    """
+    address = os.environ.pop("NOTIFY_SOCKET", "")
+    if not address:
+        return
+    if address[0] == "@":
+        address = "\0" + address[1:]
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
+        try:
+            manager.sendto(b"READY=1", address)
+        except OSError as error:
+            logging.warning("cannot notify the service manager: %s", error)
 
 
 def can_share_descriptors() -> bool:

@@ -1,4 +1,4 @@
-"""Bytes that a process has moved in both directions of a stream, and their rates.
+"""Rates: a limit of events per second; bytes that a process moves in a stream, and their rates.
 
 Streams between two programs are not counted: their bytes pass through the kernel alone, which does
 not count them.  Devices and forwarders move the bytes themselves, and report totals to vsockd.
@@ -13,6 +13,32 @@ REPORT_SECONDS = 1.0
 
 #: Time without a report after which nothing moves, in seconds: a report may be late.
 _STALE_SECONDS = 2.5 * REPORT_SECONDS
+
+
+class TokenBucket:
+    """A limit of ``rate`` events per second, and of as many at once after a pause."""
+
+    __slots__ = ("_left", "_seen", "rate")
+
+    def __init__(self, rate: int) -> None:
+        self.rate = rate
+        self._left = float(rate)
+        self._seen = 0.0
+
+    def try_take(self, now: float) -> bool:
+        """Take a token at the time ``now`` if one is left; return whether the event is permitted.
+
+        ``now`` is in seconds of a monotonic clock.
+        """
+        left = self._left + (now - self._seen) * self.rate
+        self._seen = now
+        if left > self.rate:
+            left = self.rate
+        if left < 1:
+            self._left = left
+            return False
+        self._left = left - 1
+        return True
 
 
 class Moved(NamedTuple):
