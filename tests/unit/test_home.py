@@ -11,7 +11,7 @@ import pytest
 #: Prints the folders that depend on the home of a user without HOME, name and home.
 WITHOUT_A_HOME = """
 import os
-from vsockets._linux.folders import home_folder
+from vsockets.model.home import home_folder
 from vsockets.cli.options import state_file
 from vsockets.daemon.configuration import default_configuration_folder
 os.setgroups([])

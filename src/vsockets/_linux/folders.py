@@ -258,14 +258,3 @@ def _read_link(folder: int, name: str, reached: Path) -> str:
         why = f"a symbolic link of user {found.st_uid} (expected a folder)"
         raise PermissionError(errno.EPERM, why, name)
     return os.readlink(name, dir_fd=folder)
-
-
-def home_folder() -> Path:
-    """Return this user's home folder; a path that does not exist if the user has none.
-
-    That is so for a dynamic user of systemd, and for a user of a container who has no name.
-    """
-    try:
-        return Path.home()
-    except RuntimeError:
-        return Path("/nonexistent")

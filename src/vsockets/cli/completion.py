@@ -11,7 +11,7 @@ from pathlib import Path
 import click
 from click.shell_completion import get_completion_class, shell_complete
 
-from .._linux.folders import home_folder
+from ..model.home import home_folder
 from .errors import CliError
 
 _VARIABLE = "_VSOCK_COMPLETE"

@@ -11,9 +11,9 @@ from typing import Any, TypeVar
 
 import click
 
-from .._linux.folders import home_folder
 from ..model.address import FIRST_GUEST_CID, LAST_GUEST_CID, parse_cid, parse_port
 from ..model.constants import VMADDR_CID_HOST
+from ..model.home import home_folder
 from ..model.locator import Inet, Locator, Unix, parse_locator
 from .groups import Argument
 

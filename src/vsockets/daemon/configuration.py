@@ -15,10 +15,10 @@ from contextlib import contextmanager
 from dataclasses import fields, replace
 from pathlib import Path
 
-from .._linux.folders import home_folder
 from ..fabric.settings import ContextSettings, Grant, Isolation, Limits, Profile, Settings
 from ..limits import NAME_MAX_CHARACTERS
 from ..model.address import FIRST_GUEST_CID, LAST_GUEST_CID
+from ..model.home import home_folder
 from ..model.locator import check_hybrid_path
 from ..toml import ConfigurationError, Table, kind, read_toml, shown
 from ..vmware import Vmx, VmxError, read_vmx

@@ -19,7 +19,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
-from .._linux.folders import home_folder
+from ..model.home import home_folder
 
 CACHE = home_folder() / ".cache/vsockets/machines"
 
