@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vsockets.devices.guest_memory import BadAddress, GuestMemory, ScatterList
+from vsockets.devices.guest_memory import BadAddress, GuestMemory, PageList, ScatterList
 
 PAGE = 4096
 
@@ -82,3 +82,40 @@ def test_scatter_list_window_equals_the_joined_bytes(sizes: list[int], data: st.
     assert len(scattered.window(start, length)) <= 1024
     assert whole[start : start + length].startswith(window)
     assert len(window) == length or len(scattered.window(start, length)) == 1024
+
+
+@pytest.mark.parametrize("regions", [1, 3])
+def test_scattered_pages_equal_the_pages_one_by_one(regions: int) -> None:
+    """Pages may be adjacent or not, and in any order; the second case has several regions."""
+    file, memory, count = os.memfd_create("guest"), GuestMemory(), 12
+    os.ftruncate(file, count * PAGE)
+    for number in range(count):
+        os.pwrite(file, bytes([number]) * PAGE, number * PAGE)
+    step = count // regions * PAGE
+    for start in range(0, count * PAGE, step):
+        memory.map(start, step, True, file, start)
+    os.close(file)
+    for order in [range(count), reversed(range(count)), (3, 4, 5, 0, 11, 7, 8), (9,)]:
+        numbers = list(order)
+        pages = PageList(memory, [number * PAGE for number in numbers], PAGE)
+        assert len(pages) == len(numbers)
+        assert [pages.view(place, 1)[0] for place in range(len(numbers))] == numbers
+        for first in range(len(numbers)):
+            scattered = pages.scatter(first, len(numbers))
+            window = b"".join(scattered.window(0, scattered.size))
+            assert window == b"".join(bytes([number]) * PAGE for number in numbers[first:])
+        for number in range(-1, count + 1):
+            assert pages.overlaps(number * PAGE, PAGE) is (number in numbers)
+
+
+def test_pages_outside_of_the_memory_are_refused() -> None:
+    file, memory = os.memfd_create("guest"), GuestMemory()
+    os.ftruncate(file, 8 * PAGE)
+    memory.map(0, 2 * PAGE, True, file, 0)
+    memory.map(3 * PAGE, PAGE, False, file, 0)  # read-only, after a hole
+    memory.map(4 * PAGE, 2 * PAGE, True, file, 0)
+    os.close(file)
+    assert len(PageList(memory, [PAGE, 5 * PAGE, 0], PAGE)) == 3
+    for numbers in [(0, 2, 1), (0, 3, 1), (5, 6), (2**52, 0), (5, 2**52 - 1)]:
+        with pytest.raises(BadAddress):
+            PageList(memory, [number * PAGE for number in numbers], PAGE)

@@ -142,6 +142,59 @@ class GuestMemory:
         self._view = memoryview(b"")
 
 
+class PageList:
+    """Pages of guest memory, of ``size`` bytes each, at the guest physical ``addresses``.
+
+    All pages are checked at once.  Views of them are made when they are needed.  The memory stays
+    mapped in this process as long as the list exists.
+
+    Raises BadAddress when a page is not mapped.
+    """
+
+    def __init__(self, memory: GuestMemory, addresses: Sequence[int], size: int) -> None:
+        self.addresses = addresses
+        self._size = size
+        self._start = min(addresses)
+        self._end = max(addresses) + size
+        self._views: list[memoryview] | None = None
+        try:
+            self._whole = memory.view(self._start, self._end - self._start)
+        except BadAddress:  # pages in several regions, or invalid ones
+            self._views = [memory.view(address, size) for address in addresses]
+
+    def __len__(self) -> int:
+        return len(self.addresses)
+
+    def view(self, index: int, length: int) -> memoryview:
+        """Return a view of the first ``length`` bytes of a page."""
+        if self._views is not None:
+            return self._views[index][:length]
+        start = self.addresses[index] - self._start
+        return self._whole[start : start + length]
+
+    def scatter(self, first: int, last: int) -> ScatterList:
+        """Return the pages from index ``first`` to before ``last``, adjacent ones in one view."""
+        if self._views is not None:
+            return ScatterList(self._views[first:last])
+        views: list[memoryview] = []
+        whole, size, origin = self._whole, self._size, self._start
+        start = end = self.addresses[first]
+        for address in self.addresses[first:last]:
+            if address != end:
+                views.append(whole[start - origin : end - origin])
+                start = address
+            end = address + size
+        views.append(whole[start - origin : end - origin])
+        return ScatterList(views)
+
+    def overlaps(self, address: int, size: int) -> bool:
+        """Return whether a page overlaps the ``size`` bytes at ``address``."""
+        end = address + size
+        if address >= self._end or end <= self._start:
+            return False
+        return any(page < end and address < page + self._size for page in self.addresses)
+
+
 class ScatterList:
     """Sequence of memory views, addressed as one range of bytes."""
 

@@ -235,6 +235,10 @@ def test_interrupts_signal_eventfds(client: Client, device: RecordingDevice) -> 
     )
     device.interrupts.trigger(2)  # one eventfd for all
     assert [_count(eventfd) for eventfd in eventfds] == [1, 0, 0]
+    # A request that fails changes nothing.
+    assert client.request(Command.DEVICE_SET_IRQS, SET_IRQS.pack(20, 0x24, 1, 0, 1), (eventfds[1],))
+    device.interrupts.trigger(0)
+    assert [_count(eventfd) for eventfd in eventfds] == [1, 0, 0]
     for fields in [(0x24, 2, 3, 1), (0x24, 2, 2**32 - 1, 2), (0x24, 9, 0, 1), (0x22, 2, 0, 1)]:
         given = (eventfds[0],)
         answer = client.request(Command.DEVICE_SET_IRQS, SET_IRQS.pack(20, *fields), given)

@@ -14,7 +14,11 @@ import pytest
 
 from support.vmci_driver import CID, MEMORY, PAGE, SimulatedGuest
 from vsockets.devices.client import ConnectRequest
-from vsockets.devices.limits import VMCI_ATTACH_HOLD_SECONDS, VMCI_QUEUE_PAIRS_MAX
+from vsockets.devices.limits import (
+    VMCI_ATTACH_HOLD_SECONDS,
+    VMCI_PENDING_STREAMS_MAX,
+    VMCI_QUEUE_PAIRS_MAX,
+)
 from vsockets.devices.loop import DeviceLoop
 from vsockets.devices.vfio_user import Region
 from vsockets.devices.vmci.device import Register
@@ -149,6 +153,34 @@ class TestDatagrams:
         assert not deliver((2, 1), 2, bytes(MAX_DATAGRAM))
         assert [len(one.payload) for one in guest.receive()] == [MAX_DATAGRAM] * 2
         assert deliver((2, 1), 2, b"")
+
+    def test_buffer_of_several_elements_is_filled(self, guest: SimulatedGuest) -> None:
+        """The elements have any sizes; datagrams that do not fit stay for the next buffer."""
+        sizes = (7, 100, 1, 33)
+        payloads = [bytes([number]) * number for number in (1, 8, 21, 50)]
+        for payload in payloads:
+            guest.fabric.on_datagram((2, 1), 2, payload)
+        received = []
+        for _ in range(3):
+            at, elements = 0x21_000, b""
+            for size in sizes:
+                elements += struct.pack("<QQ", at, size)
+                at += size + 50  # bytes between the elements, which stay as they are
+            guest.memory[0x20_000:0x20_018] = struct.pack("<IIIIq", 0, 1, len(sizes), 0, 0)
+            guest.memory[0x20_018 : 0x20_018 + len(elements)] = elements
+            guest.memory[0x21_000 : at + PAGE] = b"\xee" * (at + PAGE - 0x21_000)
+            guest.store(Register.DATA_IN_LOW, 0x20_000)
+            data, at = b"", 0x21_000
+            for size in sizes:
+                data += bytes(guest.memory[at : at + size])
+                assert set(guest.memory[at + size : at + size + 50]) == {0xEE}
+                at += size + 50
+            while (found := Datagram.decode(data)) and found.destination.resource != 0xFFFF_FFFF:
+                if found.destination.context != CID:
+                    break
+                received.append(found.payload)
+                data = data[24 + len(found.payload) + 7 & ~7 :]
+        assert received == payloads
 
     def test_errors_are_reported_in_the_result(self, guest: SimulatedGuest) -> None:
         for error, code in [
@@ -378,6 +410,42 @@ class TestStreams:
         guest.device.release_memory(0, MEMORY)
         stream.tell(Kind.WROTE)
         assert theirs.recv(1) == b""
+
+    def test_data_in_memory_that_is_unmapped_is_sent(self, guest: SimulatedGuest) -> None:
+        """The device has looked at no byte of the queue before."""
+        stream = guest.connect(1234, 4096)
+        tail = stream.size - 6
+        stream._produce[:tail] = data = os.urandom(tail)
+        stream.set_indices(tail, 0)
+        theirs = guest.fabric.streams[0]
+        guest.device.memory.unmap(0, MEMORY)
+        guest.device.release_memory(0, MEMORY)
+        guest.loop.turn()
+        assert theirs.recv(2 * stream.size) == data
+        assert theirs.recv(1) == b""
+
+    def test_handshakes_are_limited_and_counted_once(self, guest: SimulatedGuest) -> None:
+        def request(port: int) -> int:
+            guest.packet(Packet(Kind.REQUEST2, port, 5000, 128, 0, 1))
+            (reply,) = guest.packets()
+            guest.fabric.close()
+            return reply.kind
+
+        pending = range(10_000, 10_000 + VMCI_PENDING_STREAMS_MAX)
+        assert {request(port) for port in pending} == {Kind.NEGOTIATE2}
+        assert request(1) == Kind.RST
+        assert request(pending[0]) == Kind.NEGOTIATE2  # replaces the one with this port
+        assert request(1) == Kind.RST
+        guest.packet(Packet(Kind.RST, pending[0], 5000))
+        stream = guest.connect(2, 128)  # an established stream is not pending
+        guest.fabric.close()
+        assert request(3) == Kind.NEGOTIATE2
+        assert request(4) == Kind.RST
+        guest.detach(stream.handle)
+        assert request(4) == Kind.RST
+        guest.device.reset()
+        guest.probe()
+        assert request(4) == Kind.NEGOTIATE2
 
     def test_device_reset_closes_streams(self, guest: SimulatedGuest) -> None:
         stream = guest.connect(1234, 4096)

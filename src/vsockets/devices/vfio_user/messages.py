@@ -10,7 +10,7 @@ from __future__ import annotations
 import errno
 import json
 import struct
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from enum import IntEnum, IntFlag
 from typing import NamedTuple
 
@@ -91,12 +91,21 @@ class Decoder:
         self._fds: dict[int, Sequence[int]] = {}  # by the offset of their message
         self._unclaimed: Sequence[int] = ()  # descriptors that belong to no message yet
 
-    def receive(self, data: bytes, fds: Sequence[int] = ()) -> Iterator[Message]:
-        """Yield the messages that ``data`` completes; take ownership of ``fds``.
+    def receive(self, data: bytes, fds: Sequence[int] = ()) -> Iterable[Message]:
+        """Return the messages that ``data`` completes; take ownership of ``fds``.
 
-        Raises DeviceProtocolError when a header is invalid or a message has too many descriptors;
-        :meth:`pending_fds` then returns the descriptors.
+        Raises DeviceProtocolError, when the messages are iterated or before, when a header is
+        invalid or a message has too many descriptors; :meth:`pending_fds` then returns the
+        descriptors.
         """
+        if not self._data and not fds and len(data) >= HEADER.size:
+            # Nearly every read is one whole message: a client waits for each reply.
+            number, command, size, flags, _ = HEADER.unpack_from(data)
+            if size == len(data) <= LARGEST_MESSAGE and not flags & _NO_REQUEST:
+                return (Message(number, command, flags, data[HEADER.size :]),)
+        return self._decode(data, fds)
+
+    def _decode(self, data: bytes, fds: Sequence[int]) -> Iterator[Message]:
         self._unclaimed = fds
         data = self._data + data if self._data else data
         self._data = b""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import os
 import struct
@@ -107,11 +106,12 @@ class Interrupts:
         self._eventfds: dict[Irq, list[int | None]] = {
             kind: [None] * count for kind, count in self.counts.items()
         }
+        self._in_use: list[int | None] = []  # eventfds of the vectors that the driver uses
 
     @property
     def vectors(self) -> int:
         """Number of vectors that the driver uses; 0 while interrupts are off."""
-        return len(self._in_use())
+        return len(self._in_use)
 
     @property
     def message_signalled(self) -> bool:
@@ -121,13 +121,14 @@ class Interrupts:
 
     def trigger(self, vector: int) -> None:
         """Signal ``vector``, or the last vector in use if the driver uses fewer."""
-        eventfds = self._in_use()
+        eventfds = self._in_use
         if eventfds:
-            eventfd = eventfds[min(vector, len(eventfds) - 1)]
+            eventfd = eventfds[vector if vector < len(eventfds) else -1]
             if eventfd is not None:
-                # The counter is full: 2**64 interrupts that the client has not read.
-                with contextlib.suppress(BlockingIOError):
+                try:
                     os.write(eventfd, _ONE)
+                except BlockingIOError:
+                    return  # the counter is full: 2**64 interrupts that the client has not read
 
     def set(self, flags: int, index: int, start: int, count: int, fds: Sequence[int]) -> None:
         """Apply SET_IRQS to ``count`` vectors from ``start`` of the kind ``index``.
@@ -158,6 +159,7 @@ class Interrupts:
                 raise OSError(errno.EINVAL, f"SET_IRQS with unsupported flags {flags:#x}")
             # The client masks interrupts at its side of the eventfd.
         finally:
+            self._in_use = self._find_in_use()
             if not taken:
                 for fd in fds:
                     os.close(fd)
@@ -167,8 +169,9 @@ class Interrupts:
         for eventfds in self._eventfds.values():
             for number in range(len(eventfds)):
                 self._replace(eventfds, number, None)
+        self._in_use = []
 
-    def _in_use(self) -> list[int | None]:
+    def _find_in_use(self) -> list[int | None]:
         for kind in (Irq.MSIX, Irq.MSI, Irq.INTX):
             eventfds = self._eventfds[kind]
             number = len(eventfds)

@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping
 from enum import IntEnum, IntFlag
 from typing import NamedTuple
 
-from ..guest_memory import BadAddress, GuestMemory, ScatterList
+from ..guest_memory import BadAddress, GuestMemory
 from ..limits import (
     VMCI_DATAGRAM_QUEUE_MAX,
     VMCI_DATAGRAM_QUEUE_MAX_BYTES,
@@ -60,7 +60,7 @@ class DmaBuffers:
         except BadAddress:
             run(b"")
             return
-        _, operation, size, _, _ = _BUFFER.unpack(bytes(header))
+        _, operation, size, _, _ = _BUFFER.unpack_from(header)
         data = b""
         if operation == _INLINE and HEADER.size <= size <= LARGEST:
             with contextlib.suppress(BadAddress):
@@ -72,31 +72,41 @@ class DmaBuffers:
     def deliver(self, low: int, waiting: deque[bytes], on_delivered: Callable[[int], None]) -> bool:
         """Move encoded datagrams from ``waiting`` to the guest's buffer, as many as fit whole.
 
-        ``low`` is the lower half of the buffer's address.  ``on_delivered`` is called with the size
-        in bytes of each datagram.  Return whether to interrupt the guest.
+        ``low`` is the lower half of the buffer's address.  ``on_delivered`` is called with the
+        datagrams' size in bytes.  Return whether to interrupt the guest.
         """
         try:
             header = self._memory.view(self.in_high | low, _BUFFER.size)
-            room = self._room(bytes(header), (self.in_high | low) + _BUFFER.size)
+            views = self._room(header, (self.in_high | low) + _BUFFER.size)
         except BadAddress:
             return False
-        at = 0
+        room = sum(map(len, views))
+        parts: list[bytes] = []
+        at = delivered = 0
         while waiting:
             size = len(waiting[0])
-            padded = (size + 7) & ~7
-            if at + padded > room.size:
+            if at + (size + 7 & ~7) > room:
                 break
-            _put(room, at, waiting.popleft())
-            on_delivered(size)
-            at += padded
-        if at + len(TERMINATOR) <= room.size:
-            _put(room, at, TERMINATOR)
+            parts.append(waiting.popleft())
+            if size & 7:
+                parts.append(bytes(-size & 7))
+            at += size + 7 & ~7
+            delivered += size
+        on_delivered(delivered)
+        if at + len(TERMINATOR) <= room:
+            parts.append(TERMINATOR)
+        data = b"".join(parts)
+        at = 0
+        for view in views:
+            part = data[at : at + len(view)]
+            view[: len(part)] = part
+            at += len(part)
         header[_RESULT_AT:] = Code.SUCCESS.to_bytes(8, "little")
         header[:4].cast("I")[0] = 1
         return True
 
-    def _room(self, header: bytes, elements_at: int) -> ScatterList:
-        _, operation, count, _, _ = _BUFFER.unpack(header)
+    def _room(self, header: memoryview, elements_at: int) -> list[memoryview]:
+        _, operation, count, _, _ = _BUFFER.unpack_from(header)
         if operation != _SCATTERED or not 0 < count <= VMCI_SCATTER_ELEMENTS_MAX:
             raise BadAddress(f"buffer with an invalid number of elements: {count}")
         elements = bytes(self._memory.view(elements_at, count * _ELEMENT.size))
@@ -107,14 +117,7 @@ class DmaBuffers:
             left -= size
             if size:
                 views.append(self._memory.view(address, size))
-        return ScatterList(views)
-
-
-def _put(room: ScatterList, at: int, data: bytes) -> None:
-    done = 0
-    for view in room.window(at, len(data)):
-        view[:] = data[done : done + len(view)]
-        done += len(view)
+        return views
 
 
 class Register(IntEnum):

@@ -160,7 +160,7 @@ class Hypervisor:
         The client unmaps this memory afterwards.
         """
         for queue_pair in list(self._queue_pairs.values()):
-            if queue_pair.overlaps(address, size):
+            if queue_pair.pages.overlaps(address, size):
                 self._release(queue_pair)
         self._bitmap = None
 
@@ -277,4 +277,4 @@ class Hypervisor:
     def _release(self, queue_pair: QueuePair) -> None:
         self.sockets.on_detach(queue_pair)
         del self._queue_pairs[queue_pair.handle]
-        self._queue_pair_memory -= queue_pair.pages * self.device.page_size
+        self._queue_pair_memory -= len(queue_pair.pages) * self.device.page_size

@@ -16,12 +16,13 @@ import struct
 import threading
 from collections.abc import Sequence
 
-from ..guest_memory import BadAddress, GuestMemory, ScatterList
+from ..guest_memory import GuestMemory, PageList, ScatterList
 from ..limits import IO_VECTORS_MAX
 from .packets import Handle
 
 _TAIL, _HEAD = 1, 2  #: 64-bit words of a header; word 0 is the handle
-_HEADER_BYTES = 24
+_HEADER = struct.Struct("<IIQQ")  #: of a queue: handle, tail, head
+_HEADER_BYTES = _HEADER.size
 
 #: Lock whose acquire and release order the device's store of its index before its load of the
 #: guest's index.
@@ -32,10 +33,39 @@ class BrokenQueue(Exception):
     """The guest wrote a queue index that is out of range."""
 
 
+class _Data:
+    """The data of one queue: ``size`` bytes in the pages from index ``first`` to before ``last``.
+
+    Views of the pages are made at the first transfer: a connect without payload, or a stream in one
+    direction, needs none.
+    """
+
+    def __init__(self, pages: PageList, first: int, last: int, size: int) -> None:
+        self._pages, self._first, self._last = pages, first, last
+        self._size = size
+        self._views: ScatterList | None = None
+
+    def window(self, start: int, length: int) -> Sequence[memoryview]:
+        """Return views of the ``length`` bytes from ``start`` on, or of fewer bytes.
+
+        The range may continue at the start of the queue.
+        """
+        views, size = self._views, self._size
+        if views is None:
+            views = self._views = self._pages.scatter(self._first, self._last)
+        if start + length <= size:
+            return views.window(start, length)
+        first = views.window(start, size - start)
+        if sum(map(len, first)) < size - start:  # as many buffers as one system call takes
+            return first
+        second = views.window(0, length - (size - start))
+        return [*first, *second][:IO_VECTORS_MAX]
+
+
 class Inbound:
     """The guest's produce queue, from which the device consumes data."""
 
-    def __init__(self, data: ScatterList, size: int, theirs: memoryview, ours: memoryview) -> None:
+    def __init__(self, data: _Data, size: int, theirs: memoryview, ours: memoryview) -> None:
         self._data = data
         self.size = size
         self._theirs, self._ours = theirs, ours
@@ -59,7 +89,7 @@ class Inbound:
 
         The caller ensures ``0 < length <= ready()``.
         """
-        return _window(self._data, self.size, self._head, length)
+        return self._data.window(self._head, length)
 
     def consume(self, count: int) -> None:
         """Advance the device's position by ``count`` bytes; :meth:`publish` announces it."""
@@ -90,7 +120,7 @@ class Inbound:
 class Outbound:
     """The guest's consume queue, to which the device writes data."""
 
-    def __init__(self, data: ScatterList, size: int, theirs: memoryview, ours: memoryview) -> None:
+    def __init__(self, data: _Data, size: int, theirs: memoryview, ours: memoryview) -> None:
         self._data = data
         self.size = size
         self._theirs, self._ours = theirs, ours
@@ -131,7 +161,7 @@ class Outbound:
 
         The caller ensures ``0 < length <= free()``.
         """
-        return _window(self._data, self.size, self._tail, length)
+        return self._data.window(self._tail, length)
 
     def produce(self, count: int) -> bool:
         """Publish ``count`` bytes, which the caller has written to a :meth:`window`, to the guest.
@@ -178,54 +208,18 @@ class QueuePair:
         self.handle = handle
         self.peer = peer  #: the context at the other end, as the guest claims
         self.sizes = produce_size, consume_size
-        self.pages = -(-produce_size // page_size) + -(-consume_size // page_size) + 2
+        self.pages = PageList(memory, pages, page_size)
         second = -(-produce_size // page_size) + 1
-        headers = [memory.view(pages[place], page_size) for place in (0, second)]
-        produced = _runs(memory, pages[1:second], page_size)
-        consumed = _runs(memory, pages[second + 1 :], page_size)
+        headers = [self.pages.view(index, _HEADER_BYTES) for index in (0, second)]
         for header in headers:
-            header[:_HEADER_BYTES] = struct.pack("<IIQQ", *handle, 0, 0)
-        theirs, ours = (header[:_HEADER_BYTES].cast("Q") for header in headers)
+            header[:] = _HEADER.pack(*handle, 0, 0)
+        theirs, ours = (header.cast("Q") for header in headers)
+        produced = _Data(self.pages, 1, second, produce_size)
+        consumed = _Data(self.pages, second + 1, len(pages), consume_size)
         self.inbound = Inbound(produced, produce_size, theirs, ours)
         self.outbound = Outbound(consumed, consume_size, theirs, ours)
-        self._spans = _spans(pages, page_size)
-
-    def overlaps(self, address: int, size: int) -> bool:
-        """Return whether a page overlaps the ``size`` bytes at ``address``."""
-        return any(start < address + size and address < end for start, end in self._spans)
 
 
 def page_count(produce_size: int, consume_size: int, page_size: int) -> int:
     """Return the number of pages of a queue pair, both headers included; sizes are in bytes."""
     return -(-produce_size // page_size) + -(-consume_size // page_size) + 2
-
-
-def _spans(pages: Sequence[int], page_size: int) -> list[tuple[int, int]]:
-    """Return the runs of adjacent pages, each as its start and end address."""
-    spans: list[tuple[int, int]] = []
-    for page in pages:
-        if spans and spans[-1][1] == page:
-            spans[-1] = spans[-1][0], page + page_size
-        else:
-            spans.append((page, page + page_size))
-    return spans
-
-
-def _runs(memory: GuestMemory, pages: Sequence[int], page_size: int) -> ScatterList:
-    views = []
-    for start, end in _spans(pages, page_size):
-        try:
-            views.append(memory.view(start, end - start))
-        except BadAddress:  # the run may cross from one region to the next
-            views += [memory.view(page, page_size) for page in range(start, end, page_size)]
-    return ScatterList(views)
-
-
-def _window(data: ScatterList, size: int, start: int, length: int) -> Sequence[memoryview]:
-    if start + length <= size:
-        return data.window(start, length)
-    first = data.window(start, size - start)
-    if sum(map(len, first)) < size - start:  # as many buffers as one system call takes
-        return first
-    second = data.window(0, length - (size - start))
-    return [*first, *second][:IO_VECTORS_MAX]

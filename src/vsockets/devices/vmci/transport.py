@@ -106,6 +106,7 @@ class VmciTransport:
         self._protocol_v1 = protocol_v1
         self._capture = fabric.capture
         self._connections: dict[_Key, _Connection] = {}
+        self._pending: set[_Connection] = set()  # those without a stream
         self._by_handle: dict[Handle, _Connection] = {}
         self._expected_sizes: dict[Handle, int] = {}  # of queue pairs to attach to
         self._resources = count(1)
@@ -172,8 +173,8 @@ class VmciTransport:
                 self._record(Operation.DISCONNECT, connection.key, from_guest=True)
             if stream.held_bytes:
                 self._unsent.add(stream)
-            if sum(one.held_bytes for one in self._unsent) > VMCI_UNSENT_MAX_BYTES:
-                stream.abort()
+                if sum(one.held_bytes for one in self._unsent) > VMCI_UNSENT_MAX_BYTES:
+                    stream.abort()
 
     def _on_datagram(self, source: tuple[int, int], port: int, payload: bytes) -> bool:
         """Deliver a datagram to the guest; return whether the guest has room for another."""
@@ -188,7 +189,7 @@ class VmciTransport:
     def _accept(self, key: _Key, packet: Packet) -> int:
         handshake = Accepting(packet, self._find)
         port, *peer = key
-        if not handshake.possible or self._pending() >= VMCI_PENDING_STREAMS_MAX:
+        if not handshake.possible or len(self._pending) >= VMCI_PENDING_STREAMS_MAX:
             self._send(key, Kind.RST)
             return _DONE
         sizes = BufferSizes(handshake.wanted, _SIZE_MIN, _SIZE_MAX)
@@ -248,7 +249,7 @@ class VmciTransport:
     def connect_to_guest(self, request: ConnectRequest) -> None:
         """Start the handshake of a client's connect to the guest."""
         key = request.port, *request.peer
-        if key in self._connections or self._pending() >= VMCI_PENDING_STREAMS_MAX:
+        if key in self._connections or len(self._pending) >= VMCI_PENDING_STREAMS_MAX:
             self._fabric.settle(request, error=errno.ECONNRESET)
             return
         handle = Handle(request.peer[0], next(self._resources) & 0xFFFF_FFFF)
@@ -272,6 +273,7 @@ class VmciTransport:
 
     def _register(self, connection: _Connection) -> None:
         self._connections[connection.key] = connection
+        self._pending.add(connection)
         self._restart_timer(connection)
 
     def _restart_timer(self, connection: _Connection) -> None:
@@ -311,6 +313,7 @@ class VmciTransport:
         queue_pair = self._hypervisor.queue_pair(handle)
         assert queue_pair is not None  # the handshake has checked that it exists
         self._stop_timer(connection)
+        self._pending.discard(connection)
         connection.handshake = None
         self._by_handle[handle] = connection
         if size != STREAM_BUFFER_DEFAULT_BYTES:
@@ -395,6 +398,7 @@ class VmciTransport:
     def _forget(self, connection: _Connection) -> None:
         if connection.attach_ordering is not None:
             connection.attach_ordering.discard()
+        self._pending.discard(connection)
         if self._connections.get(connection.key) is connection:
             del self._connections[connection.key]
 
@@ -409,9 +413,6 @@ class VmciTransport:
         """Close every stream: the guest restarts, and its queue pairs were detached."""
         for connection in list(self._connections.values()):
             self._drop(connection)
-
-    def _pending(self) -> int:
-        return sum(connection.stream is None for connection in self._connections.values())
 
     def _find(self, handle: Handle, size: int) -> bool:
         queue_pair = self._hypervisor.queue_pair(handle)
