@@ -9,7 +9,7 @@ import array
 import logging
 import select
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable
 from socket import CMSG_SPACE, MSG_CMSG_CLOEXEC, MSG_DONTWAIT, MSG_NOSIGNAL, SCM_RIGHTS, SOL_SOCKET
 from typing import Protocol
 
@@ -27,8 +27,8 @@ class MessageConnection(Protocol):
     def wanted(self) -> int:
         """Maximum size of the next read, in bytes."""
 
-    def receive(self, data: bytes, fds: list[int]) -> Iterator[bytes]:
-        """Handle received data and yield the replies; take ownership of ``fds``.
+    def receive(self, data: bytes, fds: list[int]) -> Iterable[bytes]:
+        """Handle received data while the returned replies are iterated; take ownership of ``fds``.
 
         Raises DeviceProtocolError or OSError when the monitor must be disconnected.
         """

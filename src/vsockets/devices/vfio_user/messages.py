@@ -68,6 +68,8 @@ class IrqFlag(IntFlag):
 # A plain integer: an enum's & costs as much as a system call.
 _NO_REQUEST = int(Flag.REPLY | Flag.ERROR) | 0xF
 
+_HEADER_BYTES, _unpack_header = HEADER.size, HEADER.unpack_from
+
 
 class Message(NamedTuple):
     """A request of the client."""
@@ -98,11 +100,11 @@ class Decoder:
         invalid or a message has too many descriptors; :meth:`pending_fds` then returns the
         descriptors.
         """
-        if not self._data and not fds and len(data) >= HEADER.size:
+        if not self._data and not fds and len(data) >= _HEADER_BYTES:
             # Nearly every read is one whole message: a client waits for each reply.
-            number, command, size, flags, _ = HEADER.unpack_from(data)
+            number, command, size, flags, _ = _unpack_header(data)
             if size == len(data) <= LARGEST_MESSAGE and not flags & _NO_REQUEST:
-                return (Message(number, command, flags, data[HEADER.size :]),)
+                return (Message(number, command, flags, data[_HEADER_BYTES:]),)
         return self._decode(data, fds)
 
     def _decode(self, data: bytes, fds: Sequence[int]) -> Iterator[Message]:
@@ -137,12 +139,6 @@ class Decoder:
     def pending_fds(self) -> list[int]:
         """Return the descriptors of all messages not yet yielded, for the caller to close."""
         return [fd for fds in (*self._fds.values(), self._unclaimed) for fd in fds]
-
-
-def reply(message: Message, payload: bytes = b"") -> bytes:
-    """Encode the reply to ``message``."""
-    size = HEADER.size + len(payload)
-    return HEADER.pack(message.number, message.command, size, 1, 0) + payload
 
 
 def refusal(message: Message, code: int) -> bytes:

@@ -6,7 +6,7 @@ import errno
 import logging
 import os
 import socket
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from enum import IntEnum
 from struct import Struct
 from typing import Protocol
@@ -27,7 +27,9 @@ from .pci import Interrupts, Irq
 log = logging.getLogger(__name__)
 
 _READ, _WRITE = int(Command.REGION_READ), int(Command.REGION_WRITE)
-_NO_REPLY = int(Flag.NO_REPLY)
+_REPLY, _NO_REPLY = int(Flag.REPLY), int(Flag.NO_REPLY)
+_ACCESS_BYTES, _HEADER_BYTES = messages.ACCESS.size, messages.HEADER.size
+_unpack_access, _pack_header = messages.ACCESS.unpack_from, messages.HEADER.pack
 
 
 class Region(IntEnum):
@@ -92,17 +94,24 @@ class Session:
 
         Raises DeviceProtocolError when the connection cannot continue.
         """
+        number, command, flags, payload, fds = message
         try:
-            if message.fds and message.command not in (Command.DMA_MAP, Command.DEVICE_SET_IRQS):
-                for fd in message.fds:
-                    os.close(fd)
-            payload = self._perform(message)
+            if fds and command not in (Command.DMA_MAP, Command.DEVICE_SET_IRQS):
+                _close(message)
+            if not self._negotiated:
+                payload = self._negotiate(message)
+            elif command == _WRITE:
+                payload = self._write(payload, bool(flags & _NO_REPLY))
+            elif command == _READ:
+                payload = self._read(payload)
+            else:
+                payload = self._perform(message)
         except OSError as error:
-            log.info("vfio-user: command %d: %s", message.command, error)
+            log.info("vfio-user: command %d: %s", command, error)
             return messages.refusal(message, error.errno or errno.EIO)
-        if message.flags & _NO_REPLY:
+        if flags & _NO_REPLY:
             return None
-        return messages.reply(message, payload)
+        return _pack_header(number, command, _HEADER_BYTES + len(payload), _REPLY, 0) + payload
 
     def close(self) -> None:
         """Reset the device after the client has disconnected: the virtual machine has ended."""
@@ -110,22 +119,19 @@ class Session:
         self._device.interrupts.close()
         self._device.memory.clear()
 
+    def _negotiate(self, message: Message) -> bytes:
+        if message.command != Command.VERSION:
+            if message.command in (Command.DMA_MAP, Command.DEVICE_SET_IRQS):
+                _close(message)
+            raise DeviceProtocolError(f"command {message.command} before VERSION")
+        answer = messages.encode_version(message.payload)
+        self._negotiated = True
+        return answer
+
     def _perform(self, message: Message) -> bytes:
-        command = message.command
-        if command == _WRITE and self._negotiated:
-            return self._write(message.payload, bool(message.flags & _NO_REPLY))
-        if command == _READ and self._negotiated:
-            return self._read(message.payload)
-        if command == Command.VERSION:
-            if self._negotiated:
-                raise DeviceProtocolError("VERSION was already negotiated")
-            answer = messages.encode_version(message.payload)
-            self._negotiated = True
-            return answer
-        if not self._negotiated:
-            _close(message)
-            raise DeviceProtocolError(f"command {command} before VERSION")
-        other = self._others.get(command)  # type: ignore[call-overload]
+        if message.command == Command.VERSION:
+            raise DeviceProtocolError("VERSION was already negotiated")
+        other = self._others.get(message.command)  # type: ignore[call-overload]
         if other is None:
             raise OSError(errno.ENOTSUP, "unknown command")
         return other(message)  # type: ignore[no-any-return]
@@ -133,22 +139,22 @@ class Session:
     # Access
 
     def _read(self, payload: bytes) -> bytes:
-        if len(payload) != messages.ACCESS.size:
+        if len(payload) != _ACCESS_BYTES:
             raise OSError(errno.EINVAL, f"read request of invalid size: {len(payload)} bytes")
-        offset, region, count = messages.ACCESS.unpack(payload)
+        offset, region, count = _unpack_access(payload)
         self._check_range(region, offset, count)
         return payload + self._device.read(region, offset, count)
 
     def _write(self, payload: bytes, posted: bool) -> bytes:
-        if len(payload) < messages.ACCESS.size:
+        if len(payload) < _ACCESS_BYTES:
             raise OSError(errno.EINVAL, f"write request of invalid size: {len(payload)} bytes")
-        offset, region, count = messages.ACCESS.unpack_from(payload)
-        data = payload[messages.ACCESS.size :]
+        offset, region, count = _unpack_access(payload)
+        data = payload[_ACCESS_BYTES:]
         if len(data) != count:
             raise OSError(errno.EINVAL, f"write of {count} bytes with {len(data)} bytes of data")
         self._check_range(region, offset, count)
         self._device.write(region, offset, data, posted)
-        return payload[: messages.ACCESS.size]
+        return payload[:_ACCESS_BYTES]
 
     def _check_range(self, region: int, offset: int, count: int) -> None:
         size = self._device.regions.get(region, 0)  # type: ignore[call-overload]
@@ -267,11 +273,9 @@ class _Connection:
         self._session = Session(device)
         self._decoder = Decoder()
 
-    def receive(self, data: bytes, fds: list[int]) -> Iterator[bytes]:
-        for message in self._decoder.receive(data, fds):
-            reply = self._session.handle(message)
-            if reply is not None:
-                yield reply
+    def receive(self, data: bytes, fds: list[int]) -> Iterable[bytes]:
+        # One reply after the other: the next message is handled after a reply is sent.
+        return filter(None, map(self._session.handle, self._decoder.receive(data, fds)))
 
     def close(self) -> None:
         for fd in self._decoder.pending_fds():

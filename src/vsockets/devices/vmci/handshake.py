@@ -64,6 +64,9 @@ class State(Enum):
     OVER = auto()
 
 
+# A plain integer: an enum's & costs as much as a system call.
+_QUEUE_STATE = int(Protocol.QUEUE_STATE)
+
 #: Predicate: an unused queue pair with this handle and these sizes exists.
 FindQueuePair = Callable[[Handle, int], bool]
 
@@ -76,7 +79,7 @@ class Accepting:
         self.wanted = request.value  #: the size that the guest proposes, in bytes
         self.protocol_v1 = request.kind == Kind.REQUEST
         self.size = 0
-        self._protocol = request.protocol & Protocol.QUEUE_STATE
+        self._protocol = request.protocol & _QUEUE_STATE
         self._find = find
         self._possible = self.wanted > 0 and (self.protocol_v1 or self._protocol)
 

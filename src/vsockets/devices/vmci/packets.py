@@ -126,6 +126,7 @@ def queue_pair_event(cid: int, event: Event, handle: Handle, peer: int) -> bytes
 
 
 _PACKET = struct.Struct("<BBHIIIQQ")
+_CONTROL_DATAGRAM = struct.Struct(HEADER.format + _PACKET.format[1:])
 SIZE = _PACKET.size
 
 VERSION = 1
@@ -189,6 +190,14 @@ class Packet(NamedTuple):
             self.value,
             self.offset,
         )
+
+    def encode_datagram(self, destination: Handle, source: Handle) -> bytes:
+        """Encode a datagram that carries the packet."""
+        kind, source_port, destination_port, value, offset, protocol = self
+        return _CONTROL_DATAGRAM.pack(
+            *destination, *source, SIZE,
+            VERSION, kind, protocol, source_port, destination_port, 0, value, offset,
+        )  # fmt: skip
 
     @classmethod
     def decode(cls, payload: bytes) -> Packet | None:

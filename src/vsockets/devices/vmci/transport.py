@@ -103,6 +103,7 @@ class VmciTransport:
         self._loop = loop
         self._hypervisor = hypervisor
         self._fabric = fabric
+        self._own_handle = Handle(hypervisor.cid, packets.RESOURCE)
         self._protocol_v1 = protocol_v1
         self._capture = fabric.capture
         self._connections: dict[_Key, _Connection] = {}
@@ -432,9 +433,8 @@ class VmciTransport:
         resource = packets.RESOURCE
         if peer == VMADDR_CID_HYPERVISOR:
             resource = packets.HYPERVISOR_RESOURCE
-        destination = Handle(self._hypervisor.cid, packets.RESOURCE)
-        datagram = Datagram(destination, Handle(peer, resource), packet.encode())
-        self._hypervisor.device.deliver(datagram.encode())
+        datagram = packet.encode_datagram(self._own_handle, Handle(peer, resource))
+        self._hypervisor.device.deliver(datagram)
 
     def _record(self, operation: Operation, key: _Key, from_guest: bool) -> None:
         """Send a capture record of a packet without payload."""
