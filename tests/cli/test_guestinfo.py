@@ -123,6 +123,15 @@ def test_the_daemon_of_a_guest(vsock: Vsock, service: Running, guest: Attachment
         assert tools.receive() == b"OS_Reboot"
         tools.send(encode(b"ERROR not now"))
         assert "the tools refuse OS_Reboot: b'not now'" in refused.finish(expect=1)[1]
+        rebooting = vsock.start("vm", "reboot", cid)
+        assert tools.receive() == b"OS_Reboot"
+        tools.send(encode(b"OK "))
+        rebooting.finish()
+        refused = vsock.start("vm", "reboot", cid)
+        assert tools.receive() == b"OS_Reboot"
+        tools.send(encode(b"ERROR not now"))
+        said = refused.finish(expect=1)[1]
+        assert "refuse OS_Reboot: b'not now', and connect to vsock:" in said
     assert service.error_line() == f"guest {cid}: VMware Tools have disconnected"
     said = vsock("guestinfo", "send", cid, "halt", expect=1).stderr
     assert said == f"vsock: guest {cid}: no VMware Tools are connected\n"

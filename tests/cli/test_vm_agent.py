@@ -1,4 +1,4 @@
-"""``vsock vm exec`` and ``copy``: with Debian's qemu-ga in a guest, and with hostile agents."""
+"""``vsock vm exec``, ``copy`` and ``reboot``: with Debian's qemu-ga, and with hostile agents."""
 
 from __future__ import annotations
 
@@ -78,6 +78,12 @@ def test_usage(vsock: Vsock) -> None:
         ("vm exec 3 --", 2, "expected a PROGRAM"),
         ("vm exec nobody true", 1, "no context has this name"),
         ("vm exec 3999 true", 1, "connect to vsock:3999:970"),
+        ("vm reboot nobody", 1, "no context has this name"),
+        (
+            "vm reboot 3999",
+            1,
+            "guest 3999: no VMware Tools run in it, and connect to vsock:3999:970",
+        ),
     )
 
 
@@ -93,10 +99,14 @@ def session(
     use: Callable[[QemuAgent], object],
     *replies: bytes | None,
     before: bytes = b"",
-) -> None:
-    """Use an agent that sends ``replies``, one for each request; None is the expected reply."""
+) -> list[dict[str, Any]]:
+    """Use an agent that sends ``replies``, one for each request; None is the expected reply.
+
+    Returns the requests.
+    """
     guest = fabric.guest()
     server = vsockets.create_server((guest.cid, 5000), context=guest)
+    asked: list[dict[str, Any]] = []
 
     def play() -> None:
         sock, _ = server.accept()
@@ -104,6 +114,7 @@ def session(
             sock.sendall(before)
             for reply in replies:
                 request = json.loads(requests.readline().lstrip(b"\xff"))
+                asked.append(request)
                 sock.sendall(synchronized(request) if reply is None else reply)
             sock.shutdown(stdlib.SHUT_WR)
             requests.read()
@@ -117,6 +128,7 @@ def session(
     finally:
         thread.join()
         server.close()
+    return asked
 
 
 def result(value: object) -> bytes:
@@ -182,6 +194,29 @@ def test_hostile_replies_to_writing(fabric: PrivateFabric, count: object) -> Non
     with pytest.raises(AgentFailed, match=r"written|no valid count|count -1"):
         replies = (None, result(1), result({"count": count, "eof": False}))
         session(fabric, lambda agent: agent.write_file("/a", [b"data"]), *replies)
+
+
+REFUSAL = b'{"error": {"desc": "not now"}}\n'
+
+
+@pytest.mark.parametrize("replies", [(b"", result({})), (b"",)])
+def test_a_reboot_has_no_reply(fabric: PrivateFabric, replies: tuple[bytes, ...]) -> None:
+    """The guest has agreed when the next request has a reply, or the connection ends."""
+    asked = session(fabric, lambda agent: agent.reboot(), None, *replies)
+    assert (asked[1]["execute"], asked[1]["arguments"]) == ("guest-shutdown", {"mode": "reboot"})
+
+
+@pytest.mark.parametrize(
+    ("reply", "problem"),
+    [
+        (REFUSAL, "guest-shutdown: the guest agent refuses: not now"),
+        (b"[]\n", "guest-shutdown: malformed reply"),
+        (b"{\n", "malformed reply"),
+    ],
+)
+def test_a_reboot_that_fails(fabric: PrivateFabric, reply: bytes, problem: str) -> None:
+    with pytest.raises(AgentFailed, match=problem):
+        session(fabric, lambda agent: agent.reboot(), None, reply)
 
 
 def test_replies_to_an_earlier_client_are_skipped(fabric: PrivateFabric) -> None:

@@ -17,7 +17,7 @@ from typing import Any
 
 import click
 
-from ..guestrpc.client import request
+from ..guestrpc.client import RequestFailed, request, tools_run
 from ..limits import NAME_MAX_CHARACTERS
 from ..model.address import parse_cid
 from ..model.locator import Vsock
@@ -403,6 +403,31 @@ def exec_(guest: str, program: tuple[str, ...], port: int, has_input: bool) -> N
     raise click.exceptions.Exit(done.status)
 
 
+@vm.command("reboot")
+@argument("guest", metavar="GUEST", help="Guest: its CID, or its context's name.")
+@_agent_port_option
+def reboot(guest: str, port: int) -> None:
+    """Ask a guest to reboot: its VMware Tools if they run, else QEMU's guest agent (docs/vm.md).
+
+    The command ends when the guest has agreed.  The guest's programs are shut down; its machine,
+    and the command that runs it, go on.
+    """
+    cid, folder = _cid_of(guest), default_folder()
+    missing = f"guest {guest}: no VMware Tools run in it"
+    if tools_run(folder, cid):
+        try:
+            request(folder, "send", cid=cid, change="reboot")
+        except (OSError, RequestFailed) as error:
+            missing = str(error)
+        else:
+            return
+    try:
+        with _agent(guest, port) as agent:
+            agent.reboot()
+    except CliError as error:
+        raise CliError(f"{missing}, and {error}") from None
+
+
 @vm.command("copy")
 @argument("source", metavar="SOURCE", help="File here, or GUEST:PATH.")
 @argument("destination", metavar="DESTINATION", help="File or folder here, or GUEST:PATH.")
@@ -476,11 +501,15 @@ def _in_guest(text: str) -> tuple[str, str] | None:
     return (guest, path) if colon and guest and path and "/" not in guest else None
 
 
+def _cid_of(guest: str) -> int:
+    """Return the CID of a guest that is given by CID or name.  Raises CliError or ValueError."""
+    return parse_cid(guest) if guest.isdecimal() else cid_of_name(guest)
+
+
 @contextlib.contextmanager
 def _agent(guest: str, port: int) -> Iterator[QemuAgent]:
     """Yield a connection to a guest's agent.  Raises CliError."""
-    cid = parse_cid(guest) if guest.isdecimal() else cid_of_name(guest)
-    sock = connected(Vsock(cid, port), VM_AGENT_REPLY_SECONDS)
+    sock = connected(Vsock(_cid_of(guest), port), VM_AGENT_REPLY_SECONDS)
     try:
         with QemuAgent(sock) as agent:
             yield agent

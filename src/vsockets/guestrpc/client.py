@@ -75,12 +75,17 @@ def claims_of_guests(folder: Path) -> dict[int, str]:
     }
 
 
+def tools_run(folder: Path, cid: int) -> bool:
+    """Return whether the VMware Tools of a guest run; False unless the service runs."""
+    return any(one["cid"] == cid and one["running"] for one in _guests(folder))
+
+
 def announce_suspend(folder: Path, cid: int) -> str | None:
     """Have the VMware Tools of a guest, if they run, prepare it to be suspended.
 
     Returns the reason if they have failed to.
     """
-    if not any(one["cid"] == cid and one["running"] for one in _guests(folder)):
+    if not tools_run(folder, cid):
         return None
     try:
         request(folder, "send", cid=cid, change="suspend")

@@ -7,6 +7,7 @@ value in it is checked before it is used.
 from __future__ import annotations
 
 import base64
+import contextlib
 import json
 import secrets
 import socket as stdlib
@@ -40,6 +41,10 @@ _FIRST_PAUSE_SECONDS = 0.02
 
 class AgentFailed(Exception):
     """A request that the agent refused, or an invalid reply; the message says which."""
+
+
+class AgentClosed(AgentFailed):
+    """The agent has closed the connection."""
 
 
 @dataclass(frozen=True)
@@ -101,6 +106,17 @@ class QemuAgent:
                 return _finished(state)
             time.sleep(backoff.next_pause())
 
+    def reboot(self) -> None:
+        """Ask the guest to shut down and boot again.
+
+        Raises AgentFailed, also when the guest refuses, or OSError.
+        """
+        # A shutdown has a reply only if it fails, so that of the next request reports success; a
+        # connection that ends does so with the guest.
+        with contextlib.suppress(AgentClosed, ConnectionError):
+            self._send("guest-shutdown", {"mode": "reboot"})
+            self.call("guest-ping", {}, "guest-shutdown")
+
     # Files
 
     def read_file(self, path: str, most: int) -> Iterator[bytes]:
@@ -153,19 +169,22 @@ class QemuAgent:
 
     # Messages
 
-    def call(self, name: str, arguments: dict[str, object]) -> Any:
+    def call(self, name: str, arguments: dict[str, object], shown: str = "") -> Any:
         """Return the result of a command of the agent.
+
+        ``shown`` is the command that an error names instead of this one.
 
         Raises AgentFailed or OSError.
         """
+        shown = shown or name
         try:
             self._sock.settimeout(VM_AGENT_REPLY_SECONDS)
             self._send(name, arguments)
             reply = _loaded(self._line(time.monotonic() + VM_AGENT_REPLY_SECONDS))
         except TimeoutError:
             limit = f"{VM_AGENT_REPLY_SECONDS:g} s"
-            raise AgentFailed(f"{name}: no reply within {limit}") from None
-        return _result(name, reply)
+            raise AgentFailed(f"{shown}: no reply within {limit}") from None
+        return _result(shown, reply)
 
     def _synchronize(self) -> None:
         """Drop what the agent has of an earlier client's request, and what it answers to that."""
@@ -201,7 +220,7 @@ class QemuAgent:
             self._sock.settimeout(max(0.001, deadline - time.monotonic()))
             data = self._sock.recv(1 << 18)
             if not data:
-                raise AgentFailed("the guest agent has closed the connection")
+                raise AgentClosed("the guest agent has closed the connection")
             self._received += data
         line = bytes(self._received[:end])
         del self._received[: end + 1]
