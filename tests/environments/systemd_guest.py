@@ -100,10 +100,12 @@ def initrd(release: str, device: str, files: Mapping[str, str | bytes], enabled:
     kernel = downloads.kernel(KERNELS[release])
     inside = {f"/inside/{name}": data for name, data in files.items()}
     encoded = {name: one.encode() if isinstance(one, str) else one for name, one in inside.items()}
-    modules = " ".join(kernel.modules("virtio_pci", "virtio_blk"))
+    # Over virtio, VMware Tools need the datagrams that VMCI's module has without a VMCI device.
+    tools = ("vmw_vsock_vmci_transport",) if device == "virtio" else ()
+    modules = " ".join(kernel.modules("virtio_pci", "virtio_blk", *tools))
     last = _LAST.format(modules=modules, units=_UNITS, enabled=enabled)
     return guest_image.build_initramfs(
-        kernel, downloads.userland(), device, last, encoded, ("virtio_pci", "virtio_blk")
+        kernel, downloads.userland(), device, last, encoded, ("virtio_pci", "virtio_blk", *tools)
     )
 
 

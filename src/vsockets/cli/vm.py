@@ -313,6 +313,8 @@ def run(
     program = find_qemu(device, qemu, download)
     tools = _VMwareTools(described["vmx"]) if vmware_tools else None
     if tools is not None:
+        if device is Device.VIRTIO:
+            notice("over virtio, VMware Tools need a module of the guest (docs/guestinfo.md)")
         machine = dataclasses.replace(machine, vmware_serial=tools.serial)
     context.exit(_run(machine, cid, program, grace, extra, tools, wait_ready, register))
 
