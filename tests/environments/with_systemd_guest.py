@@ -260,7 +260,7 @@ def test_a_halt_by_the_tools(guest: SystemdGuest) -> None:
 
 
 def test_debian_12_over_virtio(debian_12: SystemdGuest, host: Host) -> None:
-    """Its cloud-init knows vmware-rpctool only, and no tools find vSockets without datagrams."""
+    """Tools find vSockets by datagrams only, and this cloud-init uses vmware-rpctool only."""
     cid = CID_OF_DEBIAN_12
     debian_12.shell("cloud-init status --wait")
     check_cloud_init(debian_12, host, cid)
