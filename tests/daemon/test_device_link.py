@@ -10,6 +10,7 @@ import select
 import socket
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from typing import Protocol
 
 import pytest
 
@@ -22,6 +23,7 @@ from vsockets import (
     VMADDR_PORT_ANY,
     Attachment,
 )
+from vsockets.control import Control
 from vsockets.protocol import RECORD_SIZE, Op, Record, Request, RequestFlag, Role, decode_route
 from vsockets.testing import PrivateFabric, wait_until
 
@@ -30,10 +32,17 @@ from .raw_client import assert_serves, descriptors, has_ended
 SIZES = (65_536, 128, 262_144)
 
 
+class Controlled(Protocol):
+    """A fabric, with an administrator's connection."""
+
+    @property
+    def control(self) -> Control: ...
+
+
 class Device:
     """A device's link, byte by byte."""
 
-    def __init__(self, fabric: PrivateFabric, guest: Attachment) -> None:
+    def __init__(self, fabric: Controlled, guest: Attachment) -> None:
         self.cid = guest.cid
         self.link = fabric.control.attach_device(guest.cid)
         self.link.settimeout(10)

@@ -92,7 +92,7 @@ class Broker:
         self._audit = audit
         self._loop = loop
         self.streams = Streams(loop, fabric, self.deferred)
-        self._queries = SocketQueries(fabric, self.streams, self.datagrams)
+        self.queries = SocketQueries(fabric, self.streams, self.datagrams)
         self._channels: dict[Context, set[Channel]] = {}
         #: channels that hold named sockets, by secret; the one probed longest ago comes first
         self._holders: dict[int, Channel] = {}
@@ -188,8 +188,11 @@ class Broker:
         # On the host's socket the next connection may be another user's.
         return pause if context.is_guest else 0.0
 
-    def serve_first(self, channel: Channel) -> None:
-        """Serve the first request on a new channel, or keep the channel until it arrives."""
+    def serve_first(self, channel: Channel, link: HandoffLink | None = None) -> None:
+        """Serve the first request on a new channel, or keep the channel until it arrives.
+
+        ``link`` is the link that the channel's descriptor has come over.
+        """
         data: bytes | None
         try:
             data = channel.read()
@@ -202,10 +205,14 @@ class Broker:
             except BlockingIOError:
                 self._await_request(channel)
                 data = None
-        if data is None:
-            pass
-        elif data and self._serve(channel, data):
+        is_kept = data is None
+        if data and self._serve(channel, data):
             self._keep(channel)
+            is_kept = True
+        if link is not None:
+            link.take()  # before the last close of its descriptor, which may block
+        if is_kept:
+            pass
         elif channel.endpoint is None:
             channel.close()
         else:
@@ -282,7 +289,8 @@ class Broker:
     def serve_kept(self, channel: Channel, hung_up: bool = False) -> None:
         """Serve a request on a channel that is kept, or its end."""
         if self.in_flight is not None:
-            self.in_flight.begin(channel.sock.fileno())
+            is_packet = channel.kind is _SEQPACKET
+            self.in_flight.begin(channel.sock.fileno(), channel.context.cid, is_packet)
         self.continue_kept(channel, hung_up)
 
     def continue_kept(self, channel: Channel, hung_up: bool = False) -> None:
@@ -598,7 +606,7 @@ class Broker:
                 self.journal.connected(channel, connection, bound, target, request.flags)
             self.complete(channel, request.flags, connection, target)
         if channel.is_device:
-            self._queries.report_listener_size(connection)
+            self.queries.report_listener_size(connection)
         self.streams.reap_sometimes()
         return False
 
@@ -738,21 +746,21 @@ class Broker:
         return False
 
     def _query(self, channel: Channel, request: Request) -> bool:
-        self._reply(channel, request, self._queries.look_up(channel, request))
+        self._reply(channel, request, self.queries.look_up(channel, request))
         return False
 
     def _resize(self, channel: Channel, request: Request) -> bool:
-        self._queries.resize(channel, request)
+        self.queries.resize(channel, request)
         self._reply(channel, request, Record(0).encode())
         return False
 
     def _count(self, channel: Channel, request: Request) -> bool:
-        self._queries.count(channel, request, monotonic())
+        self.queries.count(channel, request, monotonic())
         consume(channel, request.polling)
         return True
 
     def _local_cid(self, channel: Channel, request: Request) -> bool:
-        self._reply(channel, request, self._queries.local_cid(channel, request))
+        self._reply(channel, request, self.queries.local_cid(channel, request))
         return False
 
     # Helpers of the operations

@@ -9,7 +9,7 @@ import select
 import struct
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from resource import RUSAGE_THREAD, getrusage
 from socket import (
@@ -401,6 +401,8 @@ def send_descriptor(sock: _socket.socket, record: bytes, fd: int) -> None:
 
 def consume(channel: Channel, polling: bool) -> None:
     """Remove a parsed request's bytes from the socket; the client then polls as writable again."""
+    if not channel.has_requests:
+        return
     in_flight = channel.in_flight
     try:
         if channel.kind is _SEQPACKET:  # the request was peeked at: this reads all of it
@@ -413,10 +415,18 @@ def consume(channel: Channel, polling: bool) -> None:
         elif polling:  # request and padding were one write, so the padding has arrived
             if in_flight is None:
                 channel.sock.recv(len(PADDING), READ)
-            elif channel.has_requests:
+            else:
                 in_flight.consume(channel.sock, len(PADDING))
     except (BlockingIOError, ConnectionError):
         pass  # the client has closed
+
+
+def take_message(in_flight: InFlight, link: _socket.socket, party: Party) -> None:
+    """Remove a served message of ``party``, and the descriptors in it, from a link, once."""
+    begin = _now()
+    with suppress(BlockingIOError, ConnectionError):
+        in_flight.consume(link, 1, Step.TAKE)
+    _note_duration(party, begin)
 
 
 def close_socket(sock: _socket.socket, party: Party) -> None:

@@ -33,6 +33,7 @@ import _socket
 import contextlib
 import errno
 import logging
+import os
 from collections.abc import Iterable
 from dataclasses import replace
 from select import EPOLLOUT
@@ -73,7 +74,15 @@ from ..limits import CAPTURE_PAYLOAD_MAX_BYTES, LISTEN_BACKLOG_MAX
 from ..model.constants import VMADDR_CID_HOST, VMADDR_PORT_ANY
 from ..model.rates import ByteMeter, Moved
 from ..protocol import REQUEST_SIZE, Op, ProtocolError, Record, Request, Role
-from .channel import PEEK, READ, Channel, close_unwanted, has_too_many_unwanted, send_descriptor
+from .channel import (
+    PEEK,
+    READ,
+    Channel,
+    close_unwanted,
+    has_too_many_unwanted,
+    send_descriptor,
+    take_message,
+)
 from .datagrams import DatagramSocket
 from .handover import Reader, Saved, Writer
 from .in_flight import InFlight, Step
@@ -175,9 +184,13 @@ class LinkCallbacks(Protocol):
 
     fabric: Fabric
     journal: Journal | None
+    in_flight: InFlight | None
 
-    def serve_first(self, channel: Channel) -> None:
-        """Serve the first request on a new channel, or keep the channel until it arrives."""
+    def serve_first(self, channel: Channel, link: HandoffLink | None = None) -> None:
+        """Serve the first request on a new channel, or keep the channel until it arrives.
+
+        ``link`` is the link that the channel's descriptor has come over.
+        """
 
     def resume(self, channel: Channel) -> None:
         """Continue with a channel whose connection a device refused."""
@@ -299,29 +312,82 @@ class HandoffLink:
         else:
             in_flight.send(Step.ANNOUNCE, self._sock, record, sock.fileno())
 
+    def fileno(self) -> int:
+        """Return the link's descriptor, or -1."""
+        return self._sock.fileno()
+
     def _ready(self, events: int) -> None:
+        if self._broker.in_flight is not None:
+            self._broker.in_flight.begin(self._sock.fileno())
+        self.serve_message()
+        if self._broker.journal is not None:
+            self._broker.journal.end_request()
+
+    def serve_message(self) -> None:
+        """Serve the next message, which a vsockd that was killed may have begun with."""
         try:
-            data, ancillary, _, _ = self._sock.recvmsg(
-                REQUEST_SIZE, CMSG_LEN(4), MSG_DONTWAIT | MSG_CMSG_CLOEXEC
-            )
+            data, fd = self._receive()
         except BlockingIOError:
             return
-        except OSError:
-            data, ancillary = b"", []
-        fd = descriptor_in(ancillary)
         request = _decode_report(data)
         if request is not None and request.op == Op.SETTLE:
-            self._complete(request, fd)
+            fd = self._complete(request, fd)
         elif request is not None and fd is None:
             self._count(request)
-        elif fd is not None:
-            self._admit(fd, data)
-        else:
+        elif fd is None:
             self.close()
+            return
+        elif (channel := self._new_channel(fd, data)) is not None:
+            self._broker.serve_first(channel, self)
+            return
+        self.take()
+        if fd is not None:
+            self._close_unwanted(fd)
 
-    def _admit(self, fd: int, data: bytes) -> None:
-        """Handle a descriptor received over the link with ``data``, which is a request or empty."""
-        self._close_unwanted(fd)
+    def _receive(self) -> tuple[bytes, int | None]:
+        """Return the next message, and the descriptor that came with it.
+
+        With a journal, the message stays in the socket until :meth:`take`.
+
+        Raises BlockingIOError if no message has arrived.
+        """
+        flags = READ if self._broker.in_flight is None else PEEK
+        try:
+            data, ancillary, _, _ = self._sock.recvmsg(
+                REQUEST_SIZE, CMSG_LEN(4), flags | MSG_CMSG_CLOEXEC
+            )
+        except BlockingIOError:
+            raise
+        except OSError:
+            return b"", None
+        return data, descriptor_in(ancillary)
+
+    def take(self) -> None:
+        """Remove the message being served from the link, after its changes are in the journal."""
+        in_flight, journal = self._broker.in_flight, self._broker.journal
+        if in_flight is not None and journal is not None and self.is_open:
+            journal.commit(("take", self._sock.fileno()))
+            take_message(in_flight, self._sock, self._sender)
+
+    def reopen(self, fd: int) -> Channel | None:
+        """Return a channel for ``fd``, whose request a vsockd that was killed has decided.
+
+        Its message is still on the link.
+        """
+        try:
+            data, copy = self._receive()
+        except BlockingIOError:
+            return None
+        if copy is not None:
+            os.close(copy)
+        return self._new_channel(fd, data)
+
+    def _new_channel(self, fd: int, data: bytes) -> Channel | None:
+        """Return a channel for a descriptor received with ``data``, which is a request or empty.
+
+        None: the descriptor is invalid, and still open.
+        """
+        return None
 
     def _close_unwanted(self, fd: int) -> None:
         """Close a descriptor sent without reason; close the link if there are too many."""
@@ -345,7 +411,8 @@ class HandoffLink:
     def _count_all(self, moved: Moved, now: float) -> None:
         """Ignore the report: a relay's streams are not all streams of the host."""
 
-    def _complete(self, request: Request, fd: int | None) -> None:
+    def _complete(self, request: Request, fd: int | None) -> int | None:
+        """Handle a report on a pending connection; return ``fd`` if it is not used."""
         peer = request.peer_cid, request.peer_port
         pending = self._pending.pop((request.local_port, *peer), None)
         refused = False
@@ -360,13 +427,11 @@ class HandoffLink:
             if waits and size and self._broker.journal is not None:
                 local = self._context.cid, request.local_port
                 self._broker.journal.completed(self._broker.fabric.find_connection(local, peer))
-        if fd is None:
-            return
-        if pending is not None and refused and _has_cookie(fd, pending.cookie):
-            pending.channel.sock = _socket.socket(fileno=fd)
-            self._broker.resume(pending.channel)
-        else:
-            self._close_unwanted(fd)
+        if fd is None or pending is None or not refused or not _has_cookie(fd, pending.cookie):
+            return fd
+        pending.channel.sock = _socket.socket(fileno=fd)
+        self._broker.resume(pending.channel)
+        return None
 
 
 class DeviceChannel(Channel):
@@ -526,25 +591,23 @@ class DeviceLink(HandoffLink):
         if events & ~EPOLLOUT:
             super()._ready(events)
 
-    def _admit(self, fd: int, data: bytes) -> None:
+    def _new_channel(self, fd: int, data: bytes) -> Channel | None:
         try:
             sock = _socket.socket(fileno=fd)
         except OSError:
-            self._close_unwanted(fd)
-            return
+            return None
         kind = _KINDS.get(SocketKind(sock.type))
         if sock.family != AF_UNIX or kind is None:
-            self._close_unwanted(sock.detach())
-            return
+            sock.detach()
+            return None
         if kind is EndpointKind.STREAM:
             refuse_descriptors(sock)  # the program that gets this socket expects none
         arguments = sock, self._context, kind, self._credentials
         if len(data) < REQUEST_SIZE:
-            self._broker.serve_first(DeviceChannel(*arguments))
-        else:
-            given = HandoffChannel(*arguments)
-            given.request = data
-            self._broker.serve_first(given)
+            return DeviceChannel(*arguments)
+        given = HandoffChannel(*arguments)
+        given.request = data
+        return given
 
 
 def capture(fabric: Fabric, channel: Channel, request: Request) -> _socket.socket:

@@ -17,7 +17,8 @@ A request is served in these steps::
     end
 
 A request on a packet socket, which may have a descriptor, is peeked at instead and stays in the
-socket until CONSUME.
+socket until CONSUME.  So does a message on a device's link until TAKE, the last step, which comes
+after those of a request that it has brought.
 """
 
 from __future__ import annotations
@@ -39,6 +40,8 @@ _library = ctypes.PyDLL(None, use_errno=True)  # neither call blocks, so the GIL
 _sendmmsg, _recvmmsg = _library.sendmmsg, _library.recvmmsg
 _SEND, _RECEIVE = int(MSG_DONTWAIT | MSG_NOSIGNAL), int(MSG_DONTWAIT)
 _FD = struct.Struct("i")
+#: The fields of a request that identify its channel.
+_CHANNEL = struct.Struct("iII")
 #: The head of a control message: its length, level and type.
 _CONTROL = struct.Struct("Nii")
 _RIGHTS = CMSG_LEN(_FD.size), int(SOL_SOCKET), int(SCM_RIGHTS)
@@ -80,8 +83,9 @@ class Step(IntEnum):
     CONSUME = 1
     ANNOUNCE = 2
     READ = 3
+    TAKE = 4
     #: not of a request: the last message to the vsockd that replaces this one
-    HAND_OVER = 4
+    HAND_OVER = 5
 
 
 _STEPS = len(Step)
@@ -171,7 +175,10 @@ class InFlight:
     def accepting(
         self, cid: int, kind: int, accept: Callable[[], tuple[int, object]]
     ) -> Callable[[], tuple[int, object]]:
-        """Return ``accept`` preceded by :meth:`begin` for the channel that it will return."""
+        """Return ``accept`` preceded by :meth:`begin` for the channel that it will return.
+
+        ``cid`` is that of the channel's context, ``kind`` 1 if it is a packet socket.
+        """
         size, mapped = self._size, self._map
         request = _Request.from_buffer_copy(self._fresh)
         request.cid, request.kind = cid, kind
@@ -183,10 +190,13 @@ class InFlight:
 
         return accept_marked
 
-    def begin(self, fd: int) -> None:
-        """Begin with a request on a channel that the journal has."""
+    def begin(self, fd: int, cid: int = 0, kind: int = 0) -> None:
+        """Begin with a request on a channel that the journal has, or another message.
+
+        ``cid`` and ``kind`` are those of :meth:`accepting`.
+        """
         self._map[: self._size] = self._fresh
-        _FD.pack_into(self._map, _FD_AT, fd)
+        _CHANNEL.pack_into(self._map, _FD_AT, fd, cid, kind)
 
     def commit(self, serial: int) -> None:
         """Store the number of the journal's entry for the request, which is written next."""
@@ -245,12 +255,12 @@ class InFlight:
             Request.decode(self._map[at : at + REQUEST_SIZE]).polling
         )
 
-    def consume(self, sock: _socket.socket, size: int) -> None:
-        """Read and discard up to ``size`` bytes once.
+    def consume(self, sock: _socket.socket, size: int, step: Step = _CONSUME) -> None:
+        """Read and discard up to ``size`` bytes once, or another ``step`` of this kind.
 
         Raises OSError.
         """
-        message, _, vector, argument, _, _ = self._calls[_CONSUME]
+        message, _, vector, argument, _, _ = self._calls[step]
         if message.len:
             return
         vector.len = size

@@ -61,6 +61,7 @@ class Killed:
         self.reader: Reader | None = None  #: set when the state is restored
         self.descriptors = SharedDescriptors()
         self._kept = kept
+        self._link: HandoffLink | None = None  #: whose message was being served
 
     def receive(self) -> None:
         """Read the journal.
@@ -94,7 +95,8 @@ class Killed:
         """Do what was left to do for the request that was being served; close what is not used."""
         request, doomed = self.in_flight.request, self.in_flight.memory.doomed
         orphans = self.orphans()
-        clients = {sock.fileno(): sock for sock in control_sockets(orphans)}
+        self._link = self._find_link(request.fd) if request.serving else None
+        clients = self._find_clients(orphans)
         passed = -1  # a descriptor that was to be sent
         if self.left is not None and self.left[0] in ("answer", "connect"):
             passed = self.left[-1]
@@ -107,10 +109,8 @@ class Killed:
         if doomed in clients:
             clients.pop(doomed).close()
         self.in_flight.memory.doomed = -1
-        if request.serving and self.left is not None:
-            self._finish(broker, control, clients)
-        elif request.serving and not self.is_decided:
-            self._serve(broker, clients)
+        if request.serving and not self.in_flight.is_done(Step.TAKE):
+            self._continue(broker, control, clients)
         for sock in clients.values():
             sock.close()
         if passed in orphans and passed not in self.descriptors.named:
@@ -121,27 +121,56 @@ class Killed:
         for fd in accepted:
             control.admit(fd)
 
-    def _finish(
+    def _find_clients(self, orphans: list[int]) -> dict[int, socket.socket]:
+        """Return the connections of clients that may be the one of the request under way."""
+        clients = {sock.fileno(): sock for sock in control_sockets(orphans)}
+        if self._link is not None and self.left is not None and self.left[1] in orphans:
+            # The client's descriptor has come over the link.
+            clients[self.left[1]] = socket.socket(fileno=self.left[1])
+        return clients
+
+    def _continue(
         self, broker: Broker, control: ControlSocket, clients: dict[int, socket.socket]
     ) -> None:
+        """Serve the request that was being served, or what is left of it."""
+        link = self._link
+        if self.left is None and not self.is_decided:
+            if link is None:
+                self._serve(broker, clients)
+                return
+            if not self.in_flight.is_done(Step.REPLY):  # else the request was refused
+                link.serve_message()
+                return
+        elif self.left is not None and self.left[0] in ("consume", "answer"):
+            self._finish_session(control)
+        elif self.left is not None:
+            self._finish(broker, clients)
+        if link is not None:
+            link.take()
+
+    def _finish_session(self, control: ControlSocket) -> None:
+        """Do the step that is left for an administrator's request."""
+        assert self.left is not None
+        what, fd, *rest = self.left
+        session = control.find(fd)
+        if session is None:
+            return
+        if what == "consume":
+            session.consume_once(*rest)
+        else:
+            session.send_once(*rest)
+
+    def _finish(self, broker: Broker, clients: dict[int, socket.socket]) -> None:
         """Do the steps that are left for a request that was decided."""
         assert self.left is not None
         what, fd, *rest = self.left
-        if what == "consume":
-            session = control.find(fd)
-            if session is not None:
-                session.consume_once(*rest)
-            return
-        if what == "answer":
-            session = control.find(fd)
-            if session is not None:
-                session.send_once(*rest)
-            return
         channel = broker.find_kept(fd)
+        if channel is None and fd in clients:
+            sock = clients.pop(fd)
+            link = self._link
+            channel = self._channel(broker, sock) if link is None else link.reopen(sock.detach())
         if channel is None:
-            if fd not in clients:
-                return  # it was closed already
-            channel = self._channel(broker, clients.pop(fd))
+            return  # it was closed already, or the request was a message of the link alone
         try:
             self._finish_channel(broker, channel, what, rest)
         except OSError as error:
@@ -175,6 +204,8 @@ class Killed:
                 self.descriptors.named.add(token)
                 target.set_token(token)
             broker.complete(channel, flags, connection, target)
+            if channel.is_device:
+                broker.queries.report_listener_size(connection)
 
     def _serve(self, broker: Broker, clients: dict[int, socket.socket]) -> None:
         """Serve a request that was not decided; if it was refused, do not do so again."""
@@ -194,8 +225,15 @@ class Killed:
         else:
             broker.continue_kept(channel)
 
+    def _find_link(self, fd: int) -> HandoffLink | None:
+        """Return the link with this descriptor, if it is one."""
+        assert self.reader is not None
+        links = self.reader.links.values()
+        found = (one for one in links if isinstance(one, HandoffLink) and one.fileno() == fd)
+        return next(found, None) if fd >= 0 else None
+
     def _channel(self, broker: Broker, sock: socket.socket) -> Channel:
-        """Return a channel for a client whose context accepted it just before."""
+        """Return a channel for a client whose context has accepted it."""
         request = self.in_flight.request
         kind = EndpointKind.SEQPACKET if request.kind else EndpointKind.STREAM
         context = broker.fabric.contexts.require(request.cid)
