@@ -30,7 +30,7 @@ from ._linux import folders
 from ._linux.sockets import TIMEVAL
 
 #: sockaddr_un has 108 bytes, of which the last one is NUL.
-_LONGEST_SOCKET_PATH = 107
+LONGEST_SOCKET_PATH = 107
 
 # The C methods, because a vSockets socket overrides them.
 _connect, _peer_of = _socket.socket.connect, _socket.socket.getpeername
@@ -113,7 +113,7 @@ def short_path(path: str | os.PathLike[str]) -> Iterator[str]:
     closed after the with block.
     """
     spelled = os.fspath(path)
-    if len(os.fsencode(spelled)) <= _LONGEST_SOCKET_PATH:
+    if len(os.fsencode(spelled)) <= LONGEST_SOCKET_PATH:
         yield spelled
         return
     parent, name = os.path.split(spelled)
@@ -126,7 +126,7 @@ def short_path(path: str | os.PathLike[str]) -> Iterator[str]:
 
 def is_short(path: str) -> bool:
     """Return whether ``path`` certainly fits a unix socket's address, without encoding it."""
-    return len(path) <= _LONGEST_SOCKET_PATH and path.isascii()
+    return len(path) <= LONGEST_SOCKET_PATH and path.isascii()
 
 
 def connect_to(connect: Callable[[str], None], path: str) -> None:

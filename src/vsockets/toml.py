@@ -79,7 +79,8 @@ class Table:
         for key in self.values:
             if key not in known:
                 close = get_close_matches(key[:_LONGEST_SHOWN], known, 1)
-                hint = f"did you mean {close[0]}?" if close else f"expected {one_of(known)}"
+                expected = f"expected {one_of(known)}" if known else "expected no key"
+                hint = f"did you mean {close[0]}?" if close else expected
                 raise self.error(f"unknown key, {hint}", key)
 
     def integer(self, key: str, lowest: int, highest: int = LARGEST_INTEGER) -> int | None:
@@ -88,6 +89,16 @@ class Table:
         if number is not None and not lowest <= number <= highest:
             expected = f"{lowest} to {highest}" if highest < LARGEST_INTEGER else f"from {lowest}"
             raise self.error(f"{shown(number)} is out of range, expected {expected}", key)
+        return number
+
+    def number(self, key: str) -> float | None:
+        """Return the number ``key``, an integer or a float."""
+        integer = self.values.get(key)
+        if type(integer) is int:
+            if abs(integer) > LARGEST_INTEGER:
+                raise self.error(f"{shown(integer)} is out of range", key)
+            return float(integer)
+        number: float | None = self._value(key, float)
         return number
 
     def boolean(self, key: str) -> bool | None:

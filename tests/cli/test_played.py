@@ -92,7 +92,7 @@ def test_the_api(alone: Vsock) -> None:
         f"{curl} -X POST http://played/machines/7/pause",
         f"{curl} -X POST http://played/machines/8/pause",
         f"{curl} -d '[]' http://played/machines/7/fault",
-        f"{curl} -d '{{\"count\": true}}' http://played/machines/7/restore",
+        f"{curl} -d '{{\"snapshot\": 1}}' http://played/machines/7/restore",
         f"{curl} -X DELETE http://played/machines/7",
     )
     lines = alone("fabric", "--as", "qemu", "sh", "-c", "; ".join(calls)).stdout.splitlines()
@@ -106,6 +106,84 @@ def test_the_api(alone: Vsock) -> None:
     assert lines[7] == "invalid body (expected a JSON object)"
     assert lines[8] == "machine 7 has no snapshot (expected one before restore)"
     assert lines[9].startswith("not found (expected GET /log")
+
+
+#: Requests with invalid values, by target, and the start of the reply.
+INVALID = (
+    ("machines", "{}", "hypervisor: missing"),
+    ("machines", '{"hypervisor": 5}', "hypervisor: 5 is an integer, expected a string"),
+    ("machines", '{"hypervisor": "kata@1..2"}', "invalid version: '1..2'"),
+    ("machines", '{"hypervisor": "kata", "cid": "7"}', "cid: '7' is a string, expected an integer"),
+    ("machines", '{"hypervisor": "kata", "cid": 2}', "cid: 2 is out of range, expected 3 to"),
+    ("machines", '{"hypervisor": "kata", "sokcet": "/x"}', "sokcet: unknown key, did you mean"),
+    ("machines", '{"hypervisor": "kata", "socket": ""}', "socket: '' is no path"),
+    (
+        "machines",
+        '{"hypervisor": "kata", "socket": "/tmp/a\\u0000"}',
+        "socket: '/tmp/a\\x00' is no path",
+    ),
+    (
+        "machines",
+        f'{{"hypervisor": "kata", "socket": "/tmp/{"ü" * 52}"}}',
+        f"/tmp/{'ü' * 52}: a path of 109 bytes is too long for a unix socket (expected at most 107",
+    ),
+    ("machines", '{"hypervisor": "kata", "socket": "/nowhere/x"}', "/nowhere/x: No such file or"),
+    ("machines", '{"hypervisor": "kata", "socket": "/"}', "/: Address already in use (remove the"),
+    ("machines/3/fault", "{}", "name: missing"),
+    ("machines/3/fault", '{"name": []}', "name: an array, expected a string"),
+    ("machines/3/fault", '{"name": "stalled"}', "name: 'stalled' is unknown, expected no-ok, "),
+    ("machines/3/fault", '{"name": "stall", "seed": "x"}', "seed: 'x' is a string, expected an"),
+    ("machines/3/fault", '{"name": "stall", "times": 1.5}', "times: 1.5 is a float, expected an"),
+    ("machines/3/fault", '{"name": "stall", "times": true}', "times: true is a boolean"),
+    ("machines/3/fault", '{"name": "slow", "seconds": "1"}', "seconds: '1' is a string"),
+    ("machines/3/fault", '{"name": "slow", "seconds": NaN}', "invalid seconds: nan"),
+    ("machines/3/restore", '{"snapshot": true}', "snapshot: true is a boolean, expected an"),
+    ("machines/3/restore", '{"asleep": 1e308}', "invalid seconds: 1e+308 (expected 0 to "),
+    ("machines/3/restore", f'{{"asleep": {10**4000}}}', "asleep: a number of more than 64 bits is"),
+    ("machines/3/clone", '{"count": 2.9}', "count: 2.9 is a float, expected an integer"),
+    ("machines/3/clone", '{"count": 1000}', "count: 1000 is out of range, expected 1 to 100"),
+    ("machines/3/change-cid", "{}", "cid: missing"),
+    ("machines/3/change-cid", '{"cid": 61.7}', "cid: 61.7 is a float, expected an integer"),
+    ("machines/3/pause", '{"now": 1}', "now: unknown key, expected no key"),
+    ("machines/3/pause", "[" * 4000, "invalid body: "),
+    ("machines/3/pause", '"\udce9', "invalid body: "),
+)
+
+#: Sends the requests of :data:`INVALID`, and prints the replies that are not as expected.
+SEND = f"""
+import os
+from vsockets.testing.played import _Connection
+for target, body, expected in {INVALID!r}:
+    connection = _Connection(os.environ["VSOCKETS_PLAYED"])
+    connection.request("POST", "/" + target, body.encode(errors="surrogateescape"))
+    response = connection.getresponse()
+    text = response.read().decode()
+    if response.status not in (400, 409) or not text.startswith(expected):
+        print(target, body[:60], response.status, text[:200])
+    connection.close()
+"""
+
+
+def test_invalid_values(alone: Vsock) -> None:
+    done = alone("fabric", "--as", "cloud-hypervisor", sys.executable, "-c", SEND)
+    assert (done.stdout, done.stderr) == ("", "")
+
+
+def test_a_process_that_plays_has_ended(alone: Vsock) -> None:
+    program = f"""
+import os, signal, socket, struct, subprocess
+with socket.socket(socket.AF_UNIX) as sock:
+    sock.connect(os.environ["VSOCKETS_PLAYED"])
+    option = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)
+    os.kill(struct.unpack("3i", option)[0], signal.SIGKILL)
+    try:
+        sock.recv(1)
+    except ConnectionResetError:
+        pass
+subprocess.run({[*PROGRAM, "played", "ls"]!r})
+"""
+    done = alone("fabric", "--as", "kata", sys.executable, "-c", program)
+    assert "the process that plays machines has ended or does not answer" in done.stderr
 
 
 @pytest.mark.parametrize(

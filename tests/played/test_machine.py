@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
+import resource
+import shutil
 import socket
+import struct
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -277,6 +281,99 @@ def test_a_path_in_use(fabric: PrivateFabric, tmp_path: Path) -> None:
         fabric.played("firecracker", 60, socket=tmp_path / "v")
     os.unlink(tmp_path / "v")
     assert fabric.played("firecracker", 60, socket=tmp_path / "v").cid == 60
+
+
+def player_of(fabric: PrivateFabric) -> int:
+    """Return the ID of the process that plays the machines."""
+    with socket.socket(socket.AF_UNIX) as sock:
+        sock.connect(fabric.played_api)
+        option = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)
+    return int(struct.unpack("3i", option)[0])
+
+
+def test_connects_are_served_after_a_lack_of_descriptors(fabric: PrivateFabric) -> None:
+    machine = fabric.played("cloud-hypervisor")
+    player = player_of(fabric)
+    assert machine.state == "running"  # and no client of the API waits to be accepted
+    folder = f"/proc/{player}/fd"
+    limits = resource.prlimit(player, resource.RLIMIT_NOFILE)
+    few = 1 + max(int(fd) for fd in os.listdir(folder))
+    resource.prlimit(player, resource.RLIMIT_NOFILE, (few, limits[1]))
+    try:
+        with contextlib.ExitStack() as stack:
+            for _ in range(few):
+                stack.enter_context(ask(machine))
+            wait_until(lambda: len(os.listdir(folder)) == few, "all descriptors", PATIENCE)
+    finally:
+        resource.prlimit(player, resource.RLIMIT_NOFILE, limits)
+    host, guest = joined(machine, 60)
+    host.close()
+    guest.close()
+
+
+def strikes(machine: PlayedMachine) -> int:
+    """Return how often faults have struck connects of the machine's guest."""
+    return sum(f"strikes: connect of machine {machine.cid} " in line for line in machine.log)
+
+
+def test_a_guests_connect_waits_for_room_in_the_hosts_backlog(fabric: PrivateFabric) -> None:
+    machine = fabric.played("firecracker")
+    with socket.socket(socket.AF_UNIX) as server, ThreadPoolExecutor(3) as pool:
+        server.bind(machine.port_path(70))
+        server.listen(0)  # room for one
+        server.settimeout(PATIENCE)
+        machine.fault("slow", times=3, seconds=0.0)  # for its line in the log, before the connect
+        guests = [pool.submit(call, machine, 70) for _ in range(3)]
+        wait_until(lambda: strikes(machine) == 3, "three connects", PATIENCE)
+        hosts = [server.accept()[0] for _ in guests]
+        for guest, host in zip(guests, hosts, strict=True):
+            guest.result(PATIENCE).close()
+            host.close()
+
+
+def test_a_machine_without_a_place_for_its_socket_has_ended(fabric: PrivateFabric) -> None:
+    for operation in ("restore", "reboot", "replace"):
+        machine = fabric.played("cloud-hypervisor")
+        machine.snapshot()
+        folder = Path(machine.socket).parent
+        shutil.rmtree(folder)
+        with pytest.raises(PlayedFailed, match="No such file or directory"):
+            getattr(machine, operation)()
+        assert machine.state == "killed"
+        with pytest.raises(PlayedFailed, match="it is killed"):
+            machine.pause()
+        folder.mkdir()
+        machine.reboot()
+        assert machine.state == "running"
+        host, guest = joined(machine, 60)
+        host.close()
+        guest.close()
+
+
+def test_a_path_of_a_machine_with_another_cid_now(fabric: PrivateFabric) -> None:
+    machine = fabric.played("kata", 300)
+    machine.change_cid(301)
+    again = fabric.played("kata", 300)
+    assert again.socket != machine.socket
+    for one in (machine, again):
+        host, guest = joined(one, 60)
+        host.close()
+        guest.close()
+
+
+def test_clones_are_all_made_or_none(fabric: PrivateFabric, tmp_path: Path) -> None:
+    machine = fabric.played("firecracker")
+    machine.snapshot()
+    used = {context["cid"] for context in fabric.control.contexts()}
+    free = [cid for cid in range(3, 1000) if cid not in used][:3]
+    folder = fabric.folder.parent / f"machine-{free[2]}"
+    folder.mkdir()
+    (folder / "v.sock").touch()  # of another program
+    with pytest.raises(PlayedFailed, match="Address already in use"):
+        machine.clone(3)
+    assert {context["cid"] for context in fabric.control.contexts()} == used
+    shutil.rmtree(folder)
+    assert [clone.cid for clone in machine.clone(3)] == free
 
 
 def test_one_process_decides_a_guests_connects(fabric: PrivateFabric, tmp_path: Path) -> None:

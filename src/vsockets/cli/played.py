@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
+from ..model.address import LARGEST
 from ..played.faults import FAULTS, Fault
+from ..played.limits import PLAYED_CLONES_MAX
 from ..played.personalities import find
+from ..toml import Table, shown
 from .errors import CliError
 from .groups import command, group
 from .options import cid_argument, count_option, json_option, path_option, seconds_option
@@ -23,6 +26,16 @@ if TYPE_CHECKING:
 
 #: Environment variables of a command under ``vsock fabric --as``.
 API, CID, SOCKET, AGENT = (f"VSOCKETS_PLAYED{name}" for name in ("", "_CID", "_SOCKET", "_AGENT"))
+
+#: Names of the values that operations of the API take.
+_VALUES = {
+    "restore": ("snapshot", "asleep"),
+    "clone": ("count",),
+    "change-cid": ("cid",),
+    "fault": ("name", "seed", "times", "seconds", "port"),
+}
+
+Value = TypeVar("Value")
 
 _COLUMNS = (
     Column("CID", right=True),
@@ -138,10 +151,12 @@ def log() -> None:
 @path_option("--socket", required=True, metavar="PATH", help="Unix socket of the HTTP API.")
 def serve(socket: Path) -> None:
     """Play machines in the fabric of VSOCKETS_DIR until standard input ends."""
+    from .._linux.process import allow_many_descriptors
     from ..model.locator import Unix
     from ..played.machine import Hypervisor
     from . import http_server
 
+    allow_many_descriptors()  # two for each connection
     hypervisor: Hypervisor | None = None
 
     def prepare(where: str) -> Handler:
@@ -181,7 +196,7 @@ class Api:
 
     def __init__(self, hypervisor: Hypervisor) -> None:
         self._hypervisor = hypervisor
-        self._operations: dict[str, Callable[[Machine, Mapping[str, Any]], object]] = {
+        self._operations: dict[str, Callable[[Machine, Table], object]] = {
             "pause": lambda machine, values: machine.pause(),
             "resume": lambda machine, values: machine.resume(),
             "kill": lambda machine, values: machine.kill(),
@@ -189,13 +204,13 @@ class Api:
             "replace": lambda machine, values: machine.replace(),
             "snapshot": lambda machine, values: {"snapshot": machine.snapshot()},
             "restore": lambda machine, values: machine.restore(
-                values.get("snapshot"), float(values.get("asleep", 0))
+                values.integer("snapshot", 1), values.number("asleep") or 0.0
             ),
             "clone": self._clone,
             "change-cid": lambda machine, values: hypervisor.change_cid(
-                machine.cid, int(values["cid"])
+                machine.cid, _required(values, "cid", values.integer("cid", 3, LARGEST - 1))
             ).describe(),
-            "fault": lambda machine, values: machine.arm(Fault(**values)),
+            "fault": lambda machine, values: machine.arm(_fault(values)),
         }
 
     async def answer(self, request: Request) -> Response:
@@ -204,23 +219,21 @@ class Api:
         from .http_server import Response, text
 
         try:
-            values = json.loads(request.body or b"{}")
-            if not isinstance(values, dict):
-                raise ValueError("invalid body (expected a JSON object)")
-            found = self._call(request.method, request.path.strip("/").split("/"), values)
-        except KeyError as error:
-            return text(400, f"missing value: {error}")
+            found = self._call(
+                request.method, request.path.strip("/").split("/"), _object(request.body)
+            )
         except LookupError as error:
             return text(404, str(error.args[0]))
         except PlayedError as error:
             return text(409, str(error))
-        except (ValueError, TypeError) as error:
+        except ValueError as error:
             return text(400, str(error))
         except OSError as error:
-            return text(409, error.strerror or str(error))
+            where = "" if error.filename is None else f"{error.filename}: "
+            return text(409, f"{where}{error.strerror or error}")
         return Response(200, "application/json", json.dumps(found).encode() + b"\n")
 
-    def _call(self, method: str, path: list[str], values: dict[str, Any]) -> object:
+    def _call(self, method: str, path: list[str], values: Table) -> object:
         hypervisor = self._hypervisor
         match method, path:
             case "GET", ["log"]:
@@ -228,14 +241,19 @@ class Api:
             case "GET", ["machines"]:
                 return [machine.describe() for machine in hypervisor.machines.values()]
             case "POST", ["machines"]:
-                where = values.get("socket")
+                values.require_known("hypervisor", "cid", "socket")
+                where = values.text("socket")
+                if where is not None and (not where or "\0" in where):
+                    raise values.error(f"{shown(where)} is no path", "socket")
                 place = None if where is None else Path(where)
-                personality = find(values.get("hypervisor", ""))
-                return hypervisor.add(personality, values.get("cid"), place).describe()
-            case "GET", ["machines", cid]:
-                return self._machine(cid).describe()
-            case "POST", ["machines", cid, operation] if operation in self._operations:
-                machine = self._machine(cid)
+                name = _required(values, "hypervisor", values.text("hypervisor"))
+                cid = values.integer("cid", 3, LARGEST - 1)
+                return hypervisor.add(find(name), cid, place).describe()
+            case "GET", ["machines", machine_cid]:
+                return self._machine(machine_cid).describe()
+            case "POST", ["machines", machine_cid, operation] if operation in self._operations:
+                machine = self._machine(machine_cid)
+                values.require_known(*_VALUES.get(operation, ()))
                 return self._operations[operation](machine, values) or machine.describe()
         raise LookupError(
             "not found (expected GET /log, GET or POST /machines, GET /machines/CID or POST "
@@ -248,9 +266,45 @@ class Api:
             raise LookupError(f"no played machine has CID {cid}")
         return found
 
-    def _clone(self, machine: Machine, values: Mapping[str, Any]) -> object:
-        clones = self._hypervisor.clone(machine.cid, int(values.get("count", 1)))
+    def _clone(self, machine: Machine, values: Table) -> object:
+        count = values.integer("count", 1, PLAYED_CLONES_MAX)
+        clones = self._hypervisor.clone(machine.cid, 1 if count is None else count)
         return {"machines": [one.describe() for one in clones]}
+
+
+def _object(body: bytes) -> Table:
+    """Return the JSON object of a request's body; it is empty if the body is.
+
+    Raises ValueError if the body is something else.
+    """
+    try:
+        values = json.loads(body or b"{}")
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"invalid body: {error} (expected a JSON object)") from None
+    if not isinstance(values, dict):
+        raise ValueError("invalid body (expected a JSON object)")
+    return Table(None, {}, (), values)
+
+
+def _required(values: Table, key: str, value: Value | None) -> Value:
+    if value is None:
+        raise values.error("missing", key)
+    return value
+
+
+def _fault(values: Table) -> Fault:
+    """Return the fault of a request; a value that is missing or null has its default.
+
+    Raises ValueError if a value is invalid.
+    """
+    given: dict[str, Any] = {
+        "name": _required(values, "name", values.choice("name", FAULTS)),
+        "seed": values.integer("seed", 0),
+        "times": values.integer("times", 1),
+        "seconds": values.number("seconds"),
+        "port": values.integer("port", 0, LARGEST),
+    }
+    return Fault(**{key: value for key, value in given.items() if value is not None})
 
 
 def _ask(method: str, target: str, **values: Any) -> Any:
@@ -266,3 +320,8 @@ def _ask(method: str, target: str, **values: Any) -> Any:
         return request(api, method, target, **values)
     except PlayedFailed as error:
         raise CliError(str(error)) from None
+    except OSError as error:
+        raise CliError(
+            f"{api}: {error.strerror or error}: the process that plays machines has ended or does "
+            "not answer (expected that of vsock fabric --as HYPERVISOR)"
+        ) from None

@@ -18,9 +18,12 @@ from ..devices.loop import DeviceLoop
 from ..model.constants import VMADDR_CID_ANY, VMADDR_CID_HOST
 from ..protocol.hybrid import Connect, ok_line, port_name
 from ..socket import socket
+from ..state_folder import LONGEST_SOCKET_PATH
 from .faults import Faults, Strike
 from .limits import (
+    PLAYED_ACCEPT_PAUSE_SECONDS,
     PLAYED_BACKLOG_MAX,
+    PLAYED_BACKLOG_PAUSE_SECONDS,
     PLAYED_BUFFER_BYTES,
     PLAYED_CONNECT_SECONDS,
     PLAYED_PORTS_MAX,
@@ -208,14 +211,26 @@ class Device:
         self._fabric.on_connect = self._on_guest_connect
 
     def open(self) -> None:
-        """Create the unix socket and accept connections."""
+        """Create the unix socket and accept connections.
+
+        Raises OSError if that is not possible, ValueError if the path is too long.
+        """
+        size = len(os.fsencode(self.path))
+        if size > LONGEST_SOCKET_PATH:
+            raise ValueError(
+                f"{self.path}: a path of {size} bytes is too long for a unix socket (expected at "
+                f"most {LONGEST_SOCKET_PATH})"
+            )
         listener = stdlib.socket(stdlib.AF_UNIX)
         try:
             listener.bind(os.fspath(self.path))
             listener.listen(PLAYED_BACKLOG_MAX)
         except OSError as error:
             listener.close()
-            raise OSError(error.errno, f"{self.path}: {error.strerror}") from None
+            hint = ""
+            if error.errno == errno.EADDRINUSE:
+                hint = " (remove the file of a machine that has ended, or choose another path)"
+            raise OSError(error.errno, f"{self.path}: {error.strerror}{hint}") from None
         listener.setblocking(False)
         self._listener, self._made = listener, True
         self._spawn(self._accept(listener))
@@ -278,7 +293,11 @@ class Device:
 
     async def _accept(self, listener: Socket) -> None:
         while True:
-            sock, _ = await asyncio.get_running_loop().sock_accept(listener)
+            try:
+                sock, _ = await asyncio.get_running_loop().sock_accept(listener)
+            except OSError:
+                await asyncio.sleep(PLAYED_ACCEPT_PAUSE_SECONDS)
+                continue
             if len(self.connections) >= self.personality.connections:
                 sock.close()
             else:
@@ -382,22 +401,40 @@ class Device:
         request.sock.close()
 
     async def _connect_to_host(self, request: ConnectRequest) -> None:
-        # The only waits: a cancelled task has not replied.
+        # All waits are before the reply: a cancelled task has not replied.
         await self.running.wait()
         await self.hears.wait()
         strike = self._faults.next(
             request.port, f"connect of machine {self.cid} to port {request.port}"
         )
-        sock = stdlib.socket(stdlib.AF_UNIX)
-        sock.setblocking(False)
         try:
-            sock.connect(port_name(os.fspath(self.path), request.port))
+            async with asyncio.timeout(PLAYED_CONNECT_SECONDS):
+                sock = await _connect_unix(port_name(os.fspath(self.path), request.port))
         except OSError:
-            sock.close()
             self._refuse(request)
             return
         self._fabric.settle(request, request.sizes.size)
         Connection(self, request.sock, sock, strike).start()
+
+
+async def _connect_unix(path: str) -> Socket:
+    """Return a socket that is connected to ``path``, once its listener's backlog has room.
+
+    Raises OSError if the path has no listener.
+    """
+    sock = stdlib.socket(stdlib.AF_UNIX)
+    try:
+        sock.setblocking(False)
+        while True:
+            try:
+                sock.connect(path)
+            except BlockingIOError:  # no event reports room in a backlog
+                await asyncio.sleep(PLAYED_BACKLOG_PAUSE_SECONDS)
+                continue
+            return sock
+    except BaseException:
+        sock.close()
+        raise
 
 
 def _close(sock: Socket) -> None:

@@ -21,7 +21,7 @@ from ..control import Control
 from ..model.constants import VMADDR_CID_HOST
 from .device import Device
 from .faults import Fault, Faults
-from .limits import PLAYED_CLONES_MAX, PLAYED_LOG_LINES_MAX
+from .limits import PLAYED_ASLEEP_SECONDS_MAX, PLAYED_LOG_LINES_MAX
 from .personalities import FIRST_HOST_PORT, NITRO_PARENT_CID, Effect, Personality, Transport
 from .vmclock import VMClock
 
@@ -79,7 +79,7 @@ class Machine:
                 self.device.open()
                 if personality.vmclock:
                     self.vmclock = VMClock(Path(f"{path}.vmclock"))
-            except OSError:
+            except BaseException:
                 self.device.close()
                 raise
 
@@ -175,11 +175,12 @@ class Machine:
         connections are hit.  Unless the VMM advances the guest's clock, that is ``asleep`` seconds
         behind the host's afterwards, in addition to earlier ones.
 
-        Raises ValueError if ``asleep`` is negative or not a number.
+        Raises ValueError if ``asleep`` is negative or more than a hundred years.
         """
         self.require("restore")
-        if not 0 <= asleep < float("inf"):
-            raise ValueError(f"invalid seconds: {asleep} (expected 0 or more)")
+        if not 0 <= asleep <= PLAYED_ASLEEP_SECONDS_MAX:
+            highest = f"{PLAYED_ASLEEP_SECONDS_MAX:.0f}"
+            raise ValueError(f"invalid seconds: {asleep} (expected 0 to {highest})")
         if not self._snapshots:
             raise PlayedError(f"machine {self.cid} has no snapshot (expected one before restore)")
         number = max(self._snapshots) if number is None else number
@@ -211,9 +212,7 @@ class Machine:
             device.remove_file()
             remembers = self.personality.remembers_ports
             device.port = snapshot.port if remembers else FIRST_HOST_PORT - 1
-            device.running.set()
-            device.hears.set()
-            device.open()
+            self._open(device)
         self._set("running")
 
     def kill(self) -> None:
@@ -255,9 +254,17 @@ class Machine:
         self._control.power_off(self.cid)
         self._control.power_on(self.cid)
         if device is not None:
-            device.running.set()
-            device.hears.set()
+            self._open(device)
+
+    def _open(self, device: Device) -> None:
+        """Start the VMM's process.  If its unix socket cannot be created, the process has ended."""
+        device.running.set()
+        device.hears.set()
+        try:
             device.open()
+        except OSError:
+            self._set("killed")
+            raise
 
     def close(self) -> None:
         """End the machine."""
@@ -311,7 +318,7 @@ class Hypervisor:
         cid = self._add_guest(personality, cid)
         try:
             if hybrid and path is None:
-                path = self._folder.parent / f"machine-{cid}" / "v.sock"
+                path = self._unused_path(cid)
                 path.parent.mkdir(mode=0o700, exist_ok=True)
             machine = self._machine(personality, cid, path)
         except BaseException:
@@ -319,6 +326,14 @@ class Hypervisor:
             raise
         self.machines[cid] = machine
         return machine
+
+    def _unused_path(self, cid: int) -> Path:
+        """Return a path that no machine has: one that has another CID now has kept its own."""
+        devices = [machine.device for machine in self.machines.values()]
+        used = {device.path for device in devices if device is not None}
+        names = (f"machine-{cid}{suffix}" for suffix in ("", *map("-{}".format, range(len(used)))))
+        paths = (self._folder.parent / name / "v.sock" for name in names)
+        return next(path for path in paths if path not in used)
 
     def _add_guest(self, personality: Personality, cid: int | None) -> int:
         used = {row["cid"] for row in self._control.contexts()}
@@ -345,26 +360,35 @@ class Hypervisor:
         """
         source = self.find(cid)
         source.require("clone")
-        if not 1 <= count <= PLAYED_CLONES_MAX:
-            raise PlayedError(f"invalid number of clones: {count} (expected 1 to 100)")
         if not source.describe()["snapshots"]:
             raise PlayedError(f"machine {cid} has no snapshot (expected one before clone)")
-        clones = [self.add(source.personality) for _ in range(count)]
-        for clone in clones:
-            clone.begin_generation()
+        clones: list[Machine] = []
+        try:
+            for _ in range(count):
+                clones.append(self.add(source.personality))
+                clones[-1].begin_generation()
+        except BaseException:
+            for clone in clones:
+                self.remove(clone.cid)
+            raise
         return clones
 
     def change_cid(self, cid: int, new: int) -> Machine:
         """Boot a machine again with the CID ``new``; its guest's programs have to be started again.
 
-        Raises OSError if the CID is in use.
+        Raises OSError if the CID is in use, or if the unix socket cannot be created again: then the
+        machine has ended.
         """
         machine = self.find(cid)
         machine.require("change-cid")
         path = None if machine.device is None else machine.device.path
         changed = self._add_guest(machine.personality, new)
         self.remove(cid)
-        self.machines[changed] = self._machine(machine.personality, changed, path)
+        try:
+            self.machines[changed] = self._machine(machine.personality, changed, path)
+        except BaseException:
+            self._control.remove_context(changed)
+            raise
         return self.machines[changed]
 
     def _machine(self, personality: Personality, cid: int, path: Path | None) -> Machine:
