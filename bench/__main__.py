@@ -138,6 +138,16 @@ def _device_benchmarks(rounds: int) -> dict[str, Benchmark]:
 
         return run
 
+    def virtio_cost(tick: Tick) -> dict[str, Series]:
+        contestants = {
+            "device": lambda: virtio.cost(1 << 27),
+            "simulated driver": lambda: virtio.cost(1 << 27, of_driver=True),
+        }
+        return take_turns(contestants, "ms", rounds, tick)
+
+    def vmci_connect_cost(tick: Tick) -> dict[str, Series]:
+        return take_turns({"device": lambda: vmci.connect_cost(1000)}, "us", rounds, tick)
+
     def handed_off(tick: Tick) -> dict[str, Series]:
         with hybrid.running() as stage:
             contestants = {
@@ -151,6 +161,8 @@ def _device_benchmarks(rounds: int) -> dict[str, Benchmark]:
         "VMCI device to the guest, no machine": device(vmci.throughput, True),
         "virtio device to a program, no machine": device(virtio.throughput, False),
         "virtio device to the guest, no machine": device(virtio.throughput, True),
+        "virtio device to the guest, processor time a GB": virtio_cost,
+        "VMCI device, processor time a connect": vmci_connect_cost,
         "hybrid vsock from the guest, throughput, 64 KiB": handed_off,
     }
 

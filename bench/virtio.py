@@ -7,11 +7,12 @@ the other end.
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
 import socket
 from collections.abc import Callable
-from time import perf_counter
+from time import perf_counter, process_time
 
 from support.virtio_driver import GUEST_BASE, DriverRing, Memory
 from vsockets.devices.loop import DeviceLoop
@@ -136,3 +137,32 @@ def throughput(total: int, to_guest: bool) -> float:
     child.join()
     guest.close()
     return moved / seconds / 1e6
+
+
+def cost(total: int, of_driver: bool = False) -> float:
+    """Return the processor time, in ms a GB, of the way to the guest.
+
+    It is the device's, or the simulated driver's, which :func:`throughput` contains, too.
+    """
+    guest = _Guest()
+    program = guest.program
+    program.setblocking(False)
+    block = bytes(1 << 17)
+    moved = credited = 0
+    device = driver = 0.0
+    while moved < total:
+        with contextlib.suppress(BlockingIOError):
+            program.send(block)
+        began = process_time()
+        guest.loop.turn()
+        ended = process_time()
+        device += ended - began
+        moved += guest.refill()
+        if moved - credited > 1 << 17:
+            credited = moved
+            guest.send(Op.CREDIT_UPDATE, 0, moved & 0xFFFF_FFFF)
+            guest.publish()
+        driver += process_time() - ended
+    program.close()
+    guest.close()
+    return (driver if of_driver else device) * 1000 / (total / 1e9)

@@ -9,10 +9,15 @@ from __future__ import annotations
 import multiprocessing
 import os
 import socket
-from time import perf_counter
+import struct
+from time import perf_counter, process_time
 
 from support.vmci_driver import SimulatedGuest
-from vsockets.devices.vmci.packets import Kind
+from vsockets.devices.vfio_user import Region, messages
+from vsockets.devices.vfio_user.messages import Command
+from vsockets.devices.vfio_user.session import _Connection
+from vsockets.devices.vmci.device import MMIO_REGISTERS
+from vsockets.devices.vmci.packets import Handle, Kind
 
 _QUEUE = 262_144
 _BUFFER = 1 << 20
@@ -93,3 +98,58 @@ def unix(total: int) -> float:
     child.terminate()
     child.join()
     return total / seconds / 1e6
+
+
+class _MeteredGuest(SimulatedGuest):
+    """A guest whose register accesses are vfio-user messages; counts the device's time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seconds = 0.0  #: processor time of the device
+        self._client = _Connection(self.device)
+        payload = struct.pack("<HH", 0, 1)
+        self._send(Command.VERSION, payload)
+        self.probe()
+
+    def _send(self, command: int, payload: bytes) -> bytes:
+        data = messages.HEADER.pack(1, command, messages.HEADER.size + len(payload), 0, 0) + payload
+        began = process_time()
+        (reply,) = self._client.receive(data, [])
+        self.seconds += process_time() - began
+        return reply
+
+    def store(self, register: int, value: int, posted: bool = False) -> None:
+        access = messages.ACCESS.pack(MMIO_REGISTERS + register, Region.BAR1, 4)
+        self._send(Command.REGION_WRITE, access + (value & 0xFFFF_FFFF).to_bytes(4, "little"))
+
+    def load(self, register: int) -> int:
+        access = messages.ACCESS.pack(MMIO_REGISTERS + register, Region.BAR1, 4)
+        return int.from_bytes(self._send(Command.REGION_READ, access)[-4:], "little", signed=True)
+
+    def pages(self, number: int) -> list[int]:
+        """Return runs of two pages, in descending order, as a busy kernel allocates them."""
+        pages = super().pages(number)
+        return [page for at in range(len(pages) - 2, -2, -2) for page in pages[max(at, 0) :][:2]]
+
+
+_LIVE = 12  # a guest detaches closed streams up to a second late
+
+
+def connect_cost(count: int) -> float:
+    """Return the processor time, in us, that a guest's connect and detach take the device."""
+    guest = _MeteredGuest()
+    live: list[tuple[Handle, socket.socket]] = []
+    for port in range(1024, 1024 + count + _LIVE):
+        if port == 1024 + _LIVE:
+            guest.seconds = 0.0
+        stream = guest.connect(port, _QUEUE)
+        live.append((stream.handle, guest.fabric.streams.pop()))
+        if len(live) > _LIVE:
+            handle, program = live.pop(0)
+            guest.detach(handle)
+            program.close()
+    for _, program in live:
+        program.close()
+    guest.close()
+    guest.loop.close()
+    return guest.seconds / count * 1e6

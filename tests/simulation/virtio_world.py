@@ -12,7 +12,7 @@ from vsockets.devices.capture import CaptureSink
 from vsockets.devices.limits import VIRTIO_MERGED_PACKET_MAX_BYTES, VIRTIO_PACKET_OVERHEAD_BYTES
 from vsockets.devices.virtio.connection import ConnectionState, VirtioConnection
 from vsockets.devices.virtio.packet import HEADER, HEADER_SIZE, Header, Op, Type
-from vsockets.devices.virtio.ring import Chain
+from vsockets.devices.virtio.ring import Buffer, Chain, split_header
 from vsockets.devices.virtio.rx import ReceiveQueue
 
 from .engine import World
@@ -83,9 +83,19 @@ class SimulatedRing:
         view = memoryview(data)
         return head, [], [view[:HEADER_SIZE], view[HEADER_SIZE:]]
 
+    def pop_buffers(self, count: int, header: int) -> list[Buffer]:
+        buffers: list[Buffer] = []
+        while len(buffers) < count and (chain := self.pop()) is not None:
+            buffers.append(split_header(chain, header))
+        return buffers
+
     def push(self, head: int, length: int) -> None:
         buffer = self.popped.pop(head)
         self.pushed.append((bytes(buffer[:length]), len(buffer) - HEADER_SIZE))
+
+    def push_all(self, used: Sequence[tuple[int, int]]) -> None:
+        for head, length in used:
+            self.push(head, length)
 
     def publish(self) -> bool:
         self.used += self.pushed

@@ -121,6 +121,18 @@ class GuestMemory:
             start = address - self._start
         return self._view[start : start + size]
 
+    def region(self, address: int, size: int) -> tuple[int, memoryview]:
+        """Return the region with ``size`` bytes at ``address``: its start, and a view of it.
+
+        A caller that views many ranges checks each against the region itself, without a call.
+
+        Raises BadAddress when the range does not lie in one writable region.
+        """
+        start = address - self._start
+        if not 0 <= start <= start + size <= self._size:
+            self._select_region(address, size)
+        return self._start, self._view
+
     def _select_region(self, address: int, size: int) -> None:
         """Select the region with this range for :meth:`view`.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import random
 import select
 from collections.abc import Callable
 from typing import Any
@@ -13,15 +14,17 @@ import pytest
 from support.virtio_driver import GUEST_BASE, DriverRing, Memory
 from support.virtio_guest import SimulatedGuest, connect
 from vsockets.devices.guest_memory import GuestMemory
-from vsockets.devices.virtio.packet import Op
+from vsockets.devices.virtio.packet import HEADER_SIZE, Op
 from vsockets.devices.virtio.ring import (
     DESCRIPTOR,
     F_VERSION_1,
     INDIRECT,
     NEXT,
     WRITE,
+    Buffer,
     RingError,
     SplitRing,
+    split_header,
 )
 
 from .conftest import Rig
@@ -35,8 +38,8 @@ split = pytest.mark.parametrize("rig", [0], ids=["split"], indirect=True)
 class Bench:
     """A ring with a driver at one side and the device's code at the other."""
 
-    def __init__(self) -> None:
-        self.memory = Memory(1 << 20)
+    def __init__(self, regions: int = 1) -> None:
+        self.memory = Memory(1 << 20, regions)
         self.driver = DriverRing(self.memory, SIZE)
         self.guest = GuestMemory()
         for address, size, _, offset in self.memory.regions:
@@ -204,6 +207,93 @@ def test_indices_wrap() -> None:
         bench.driver.collect()
         bench.driver.enable_notification()
     assert bench.ring.base == (70_000 // SIZE + 1) * SIZE & 0xFFFF
+
+
+def test_buffers_are_those_of_single_chains() -> None:
+    """Buffers popped together are those that the ring returns one by one, or both ways fail."""
+    random_, ends = random.Random(1), [0, 0]
+    for _ in range(1500):
+        bench = Bench(random_.choice((1, 2)))
+        other = SplitRing(bench.guest, SIZE, bench.addresses, 0, True)
+        bench.memory.view[bench.place : bench.place + 4096] = os.urandom(4096)
+        for index in range(SIZE):
+            random_descriptor(bench, random_, index)
+        count = random_.randrange(1, SIZE + 1)
+        for _ in range(count):
+            bench.driver.make_available(random_.randrange(SIZE + (random_.random() < 0.01)))
+        bench.driver.publish()
+        found: list[list[tuple[object, ...]]] = [[], []]
+        try:
+            while len(found[0]) < count:
+                wanted = random_.randrange(1, SIZE)
+                buffers = bench.ring.pop_buffers(wanted, HEADER_SIZE)
+                assert len(buffers) == min(wanted, count - len(found[0]))
+                found[0] += map(contents, buffers)
+            assert not bench.ring.pop_buffers(1, HEADER_SIZE) and bench.ring.pop() is None
+        except RingError:
+            ends[0] += 1
+        try:
+            while (chain := other.pop()) is not None:
+                found[1].append(contents(split_header(chain, HEADER_SIZE)))
+        except RingError:
+            ends[1] += 1
+            found[1] = found[1][: len(found[0])]  # of a failed batch nothing is returned
+        assert found[0] == found[1] and ends[0] == ends[1]
+        bench.driver.close()
+        bench.memory.close()
+    assert 150 < ends[0] < 1350
+
+
+def random_descriptor(bench: Bench, random_: random.Random, index: int) -> None:
+    """Write a buffer as Linux does, with up to one field changed."""
+    lengths = [HEADER_SIZE, random_.randrange(1, 3000)]
+    flags = [WRITE | NEXT, WRITE]
+    table = bench.place + 4096 + 64 * index
+    wrong = random_.random() < 0.02
+    if wrong:
+        which = random_.randrange(2)
+        lengths[which] = random_.choice((0, 1, HEADER_SIZE - 1, HEADER_SIZE + 1, 1 << 31))
+        flags[random_.randrange(2)] = random_.choice((0, NEXT, WRITE, WRITE | NEXT, INDIRECT))
+    places = [GUEST_BASE + bench.place + random_.randrange(1000) for _ in range(2)]
+    if random_.random() < 0.005:
+        places[random_.randrange(2)] = random_.choice((0, GUEST_BASE - 1, (1 << 64) - 100))
+    if random_.random() < 0.5:
+        length = sum(lengths) if not wrong else lengths[0]
+        bench.driver.write_descriptor(index, places[0], length, flags[1] if wrong else WRITE, 0)
+        return
+    following = random_.choice((0, 1, 2, 0xFFFF)) if random_.random() < 0.01 else 1
+    DESCRIPTOR.pack_into(bench.memory.view, table, places[0], lengths[0], flags[0], following)
+    DESCRIPTOR.pack_into(bench.memory.view, table + 16, places[1], lengths[1], flags[1], 0)
+    size = random_.choice((0, 16, 31, 48)) if random_.random() < 0.01 else 32
+    bench.driver.write_descriptor(index, GUEST_BASE + table, size, INDIRECT, 0)
+
+
+def contents(buffer: Buffer) -> tuple[object, ...]:
+    head, header, parts, room = buffer
+    first = None if header is None else bytes(header[:HEADER_SIZE])
+    return head, first, [bytes(part) for part in parts], room
+
+
+def test_buffer_is_read_once() -> None:
+    bench = Bench()
+    bench.descriptor(0, 100, WRITE)
+    bench.make_available(0)
+    ((head, header, parts, room),) = bench.ring.pop_buffers(9, HEADER_SIZE)
+    four_gigabytes(bench)
+    bench.driver.make_available(5)
+    assert (head, room) == (0, 100 - HEADER_SIZE)
+    assert header is not None and len(header) >= HEADER_SIZE and len(parts[0]) == room
+    bench.ring.push_all([(head, 60)])
+    assert bench.ring.publish() and bench.driver._elements[0] == 60 << 32
+
+
+@pytest.mark.parametrize("index", [SIZE + 1, 0x8000, 0xFFFF])
+def test_index_of_buffers_that_runs_ahead_is_detected(index: int) -> None:
+    bench = Bench()
+    bench.driver.next = index
+    bench.driver.publish()
+    with pytest.raises(RingError, match="index jumps"):
+        bench.ring.pop_buffers(4, HEADER_SIZE)
 
 
 # The device as a whole

@@ -12,6 +12,7 @@ is read once into a Python integer, checked, and then used.
 from __future__ import annotations
 
 import struct
+from collections.abc import Sequence
 
 from ..guest_memory import BadAddress, GuestMemory
 from ..limits import VIRTIO_CHAIN_DESCRIPTORS_MAX
@@ -20,11 +21,13 @@ from .ring import (
     INDIRECT,
     NEXT,
     WRITE,
+    Buffer,
     Chain,
     RingError,
     fence,
     indirect_table,
     ring_view,
+    split_header,
 )
 
 _AVAILABLE, _USED = 1 << 7, 1 << 15  # in the flags of a descriptor
@@ -159,6 +162,13 @@ class PackedRing:
         else:
             readable.append(self._view(address, length))
 
+    def pop_buffers(self, count: int, header: int) -> list[Buffer]:
+        """Return the next available chains, at most ``count``, as buffers to write."""
+        buffers: list[Buffer] = []
+        while len(buffers) < count and (chain := self.pop()) is not None:
+            buffers.append(split_header(chain, header))
+        return buffers
+
     def rewind(self) -> None:
         """Make :meth:`pop` continue at the first chain that was popped and not pushed."""
         self._next = self._pushed
@@ -174,6 +184,11 @@ class PackedRing:
         # The flags last: they pass the descriptor to the driver.
         self._words[index * 8 + 7] = (_STATE if wrap else 0) | (WRITE if length else 0)
         self._pushed += head >> _ID_BITS
+
+    def push_all(self, used: Sequence[tuple[int, int]]) -> None:
+        """Mark chains as used: the head of each, and the number of bytes written to it."""
+        for head, length in used:
+            self.push(head, length)
 
     def publish(self) -> bool:
         """Return whether the driver must be notified of the chains pushed since the last call."""

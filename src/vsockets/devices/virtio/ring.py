@@ -30,6 +30,11 @@ DESCRIPTOR = struct.Struct("<QIHH")  #: address, length, flags, next (split) or:
 #: chain), the parts to read, the parts to write.  A plain tuple, because every packet makes one.
 Chain = tuple[int, list[memoryview], list[memoryview]]
 
+#: A chain for the device to write a packet: its head, the part for the header (it may be longer),
+#: the parts for payload, and the payload's room in bytes.  If the header spans several parts, the
+#: second item is None and the parts begin with the header's.
+Buffer = tuple[int, memoryview | None, list[memoryview], int]
+
 _fence_lock = threading.Lock()
 
 
@@ -46,6 +51,12 @@ class Ring(Protocol):
     def pop(self) -> Chain | None:
         """Return the next available chain, or None if the driver has added none."""
 
+    def pop_buffers(self, count: int, header: int) -> list[Buffer]:
+        """Return the next available chains, at most ``count``, as buffers to write.
+
+        ``header`` is the size of a packet's header, in bytes.
+        """
+
     def rewind(self) -> None:
         """Make :meth:`pop` continue at the first chain that was popped and not pushed."""
 
@@ -54,6 +65,9 @@ class Ring(Protocol):
 
         Chains are pushed in the order in which :meth:`pop` returned them.
         """
+
+    def push_all(self, used: Sequence[tuple[int, int]]) -> None:
+        """Mark chains as used: the head of each, and the number of bytes written to it."""
 
     def publish(self) -> bool:
         """Make pushed chains visible to the driver; return whether the driver must be notified."""
@@ -116,9 +130,33 @@ def total_length(parts: Sequence[memoryview]) -> int:
     return sum(map(len, parts))
 
 
+def split_header(chain: Chain, header: int) -> Buffer:
+    """Return ``chain`` as a buffer for a packet with a header of ``header`` bytes.
+
+    Raises RingError when the chain has a readable part, or no room for a header.
+    """
+    head, readable, parts = chain
+    if readable or not parts:
+        raise RingError("invalid buffer in the receive queue (expected writable descriptors only)")
+    first = parts[0]
+    size = len(first)
+    if size == header:
+        del parts[0]
+    elif size > header:
+        parts[0] = first[header:]
+    else:
+        room = total_length(parts) - header
+        if room < 0:
+            raise RingError("buffer in the receive queue without room for a header")
+        return head, None, parts, room
+    return head, first, parts, total_length(parts)
+
+
 _MASK = 0xFFFF
 _NO_INTERRUPT = 1  # in the flags of the available ring
 _read_descriptor = DESCRIPTOR.unpack_from
+_PAIR = struct.Struct("<QIHHQIHH")  # an indirect table of two descriptors
+_read_pair = _PAIR.unpack_from
 
 # Positions of 16-bit words in both rings.
 _FLAGS, _INDEX, _RING = 0, 1, 2
@@ -212,6 +250,81 @@ class SplitRing:
         self._next = position + 1 & _MASK
         return head, readable, writable
 
+    def pop_buffers(self, count: int, header: int) -> list[Buffer]:  # noqa: C901, PLR0915 - hot loop
+        """Return the next available chains, at most ``count``, as buffers to write.
+
+        Two layouts are those of Linux, before and since 6.3, and are read without a call: an
+        indirect table of two parts, for header and payload, and one part for both.  What was read
+        of a chain with another layout is discarded: :meth:`pop` reads the chain.
+        """
+        position, size, available = self._next, self._size, self._available
+        ready = self._available_index - position & _MASK
+        if ready < count:
+            self._available_index = available[_INDEX]
+            ready = self._available_index - position & _MASK
+            if ready > size:
+                raise RingError(f"available index jumps from {position} to {self._available_index}")
+            count = min(count, ready)
+        if not count:
+            return []
+        index = position & size - 1
+        heads = available[_RING + index : _RING + min(index + count, size)].tolist()
+        if len(heads) < count:
+            heads += available[_RING : _RING + count - len(heads)].tolist()
+        buffers: list[Buffer] = []
+        descriptors, region = self._descriptors, self._memory.region
+        start, end = 0, -1  # no region yet
+        memory = descriptors
+        try:
+            for head in heads:
+                if head < size:
+                    address, length, flags, _ = _read_descriptor(descriptors, head << 4)
+                    if flags == WRITE and length > header:
+                        if not start <= address <= end - length:
+                            start, memory = region(address, length)
+                            end = start + len(memory)
+                        address -= start
+                        middle, length = address + header, length - header
+                        buffers.append(
+                            (
+                                head,
+                                memory[address:middle],
+                                [memory[middle : middle + length]],
+                                length,
+                            )
+                        )
+                        continue
+                    if flags == INDIRECT and length == _PAIR.size:
+                        if not start <= address <= end - length:
+                            start, memory = region(address, length)
+                            end = start + len(memory)
+                        address, length, flags, following, second, rest, last, _ = _read_pair(
+                            memory, address - start
+                        )
+                        if (
+                            flags == WRITE | NEXT and following == 1 and last == WRITE
+                            and length == header and rest
+                        ):  # fmt: skip
+                            if not start <= address <= end - length:
+                                start, memory = region(address, length)
+                                end = start + len(memory)
+                            address -= start
+                            first = memory[address : address + length]
+                            if not start <= second <= end - rest:
+                                start, memory = region(second, rest)
+                                end = start + len(memory)
+                            second -= start
+                            buffers.append((head, first, [memory[second : second + rest]], rest))
+                            continue
+                self._next = position + len(buffers) & _MASK
+                chain = self.pop()
+                assert chain is not None  # the driver's index is not read again
+                buffers.append(split_header(chain, header))
+        except BadAddress as error:
+            raise RingError(f"buffer is not mapped: {error}") from None
+        self._next = position + count & _MASK
+        return buffers
+
     def rewind(self) -> None:
         """Make :meth:`pop` continue at the first chain that was popped and not pushed."""
         self._next = self._available_index = self._pushed
@@ -220,6 +333,14 @@ class SplitRing:
         """Mark the chain ``head`` as used, with ``length`` bytes written to it."""
         self._elements[self._pushed & self._size - 1] = head | length << 32
         self._pushed = self._pushed + 1 & _MASK
+
+    def push_all(self, used: Sequence[tuple[int, int]]) -> None:
+        """Mark chains as used: the head of each, and the number of bytes written to it."""
+        elements, mask, position = self._elements, self._size - 1, self._pushed
+        for head, length in used:
+            elements[position & mask] = head | length << 32
+            position += 1
+        self._pushed = position & _MASK
 
     def publish(self) -> bool:
         """Make pushed chains visible to the driver; return whether the driver must be notified."""

@@ -19,9 +19,8 @@ from ..limits import IO_VECTORS_MAX, VIRTIO_MERGED_PACKET_MAX_BYTES
 from .connection import BOTH, VirtioConnection
 from .credit import HALF_FULL_PACKET_BYTES
 from .packet import HEADER, HEADER_SIZE, Op, Sequenced, Shutdown, Type, record
-from .ring import Chain, Ring, RingError, total_length
+from .ring import Buffer, Ring
 
-_pack_header = HEADER.pack_into
 _RW, _STREAM = int(Op.RW), int(Type.STREAM)
 _SHUT_SEND = int(Shutdown.SEND)
 _END_OF_MESSAGE, _END_OF_RECORD = int(Sequenced.END_OF_MESSAGE), int(Sequenced.END_OF_RECORD)
@@ -32,30 +31,6 @@ _RECEIVE_FLAGS = int(MSG_DONTWAIT)
 _SMALLEST_BURST, _LARGEST_BURST = 2, 16
 
 
-#: A parsed chain: its head, the part for the header, the parts for payload, and the payload's room
-#: in bytes.  If the header spans several parts, the second item is None and the parts begin with
-#: the header's.
-_Buffer = tuple[int, memoryview | None, list[memoryview], int]
-
-
-def _parse(chain: Chain) -> _Buffer:
-    head, readable, parts = chain
-    if readable or not parts:
-        raise RingError("invalid buffer in the receive queue (expected writable descriptors only)")
-    first = parts[0]
-    size = len(first)
-    if size == HEADER_SIZE:
-        del parts[0]
-    elif size > HEADER_SIZE:
-        parts[0] = first[HEADER_SIZE:]
-    else:
-        room = total_length(parts) - HEADER_SIZE
-        if room < 0:
-            raise RingError("buffer in the receive queue without room for a header")
-        return head, None, parts, room
-    return head, first, parts, len(parts[0]) if len(parts) == 1 else total_length(parts)
-
-
 class ReceiveQueue:
     """Sender of packets to the guest ``cid``."""
 
@@ -63,7 +38,7 @@ class ReceiveQueue:
         self._ring = ring
         self._cid = cid
         self._capture = capture
-        self._buffers: deque[_Buffer] = deque()  # parsed buffers that hold no packet yet
+        self._buffers: deque[Buffer] = deque()  # parsed buffers that hold no packet yet
 
     def stop(self) -> int:
         """Drop all views of guest memory; return the ring's base (:attr:`.Vring.base`)."""
@@ -125,12 +100,10 @@ class ReceiveQueue:
 
     def _fetch(self, wanted: int) -> int:
         """Parse buffers until ``wanted`` are available; return the number of available buffers."""
-        buffers, pop = self._buffers, self._ring.pop
-        while len(buffers) < wanted:
-            chain = pop()
-            if chain is None:
-                break
-            buffers.append(_parse(chain))
+        buffers = self._buffers
+        missing = wanted - len(buffers)
+        if missing > 0:
+            buffers += self._ring.pop_buffers(missing, HEADER_SIZE)
         return len(buffers)
 
     # Payload
@@ -140,7 +113,7 @@ class ReceiveQueue:
         sock = connection.sock
         if sock is None or not credit or not self._fetch(connection.burst):
             return False
-        buffers: Iterable[_Buffer] = islice(self._buffers, connection.burst)
+        buffers: Iterable[Buffer] = islice(self._buffers, connection.burst)
         small = False
         if connection.send.packets * HALF_FULL_PACKET_BYTES >= connection.send.buffer:
             most = self._packet_size(connection)
@@ -201,28 +174,27 @@ class ReceiveQueue:
 
         Return the number of buffers.
         """
-        buffers, push = self._buffers, self._ring.push
-        cid, port = connection.peer
-        size, announced = connection.receive.size, connection.receive.announce()
-        total_length, used, room = received, 0, 0
+        take, recorders = self._buffers.popleft, self._capture.recorders
+        total_length, room = received, 0
+        encoded, encoded_length = b"", -1  # headers of packets of one size are equal
+        used: list[tuple[int, int]] = []
         while received > 0:
-            head, header, parts, room = buffers.popleft()
+            head, header, parts, room = take()
             length = room if room < received else received
             received -= length
-            used += 1
+            if length != encoded_length:
+                encoded, encoded_length = self._header(connection, length, _RW, 0), length
             if header is None:
-                _scatter(self._header(connection, length, _RW, 0), parts)
+                _scatter(encoded, parts)
             else:
-                _pack_header(
-                    header, 0, cid, self._cid, port, connection.guest_port,
-                    length, _STREAM, _RW, 0, size, announced,
-                )  # fmt: skip
-            push(head, HEADER_SIZE + length)
-            if self._capture.recorders:
+                header[:HEADER_SIZE] = encoded
+            used.append((head, HEADER_SIZE + length))
+            if recorders:
                 payload = parts if header is not None else _skip_header(parts)
-                record(self._capture, self._header(connection, length, _RW, 0), payload)
-        connection.send.spend(total_length, used, room - length)
-        return used
+                record(self._capture, encoded, payload)
+        self._ring.push_all(used)
+        connection.send.spend(total_length, len(used), room - length)
+        return len(used)
 
     def _write_merged_headers(self, connection: VirtioConnection, received: int) -> int:
         """Write headers of packets with at most VIRTIO_MERGED_PACKET_MAX_BYTES bytes of payload.
@@ -334,7 +306,7 @@ def _trim(views: list[memoryview], excess: int) -> None:
         views[-1] = views[-1][:-excess]
 
 
-def _cap_buffers(buffers: Iterable[_Buffer], size: int) -> Iterator[_Buffer]:
+def _cap_buffers(buffers: Iterable[Buffer], size: int) -> Iterator[Buffer]:
     """Yield the buffers, each limited to ``size`` bytes of payload."""
     for head, header, parts, room in buffers:
         if room > size:
