@@ -36,6 +36,34 @@ class ScriptedServer(asyncio.DatagramProtocol):
         self._transport.sendto(reply, source)
 
 
+class HoldingServer(ScriptedServer):
+    """A server of one file that replies once it has ``number`` calls, to the last one first."""
+
+    def __init__(self, file: bytes, number: int) -> None:
+        super().__init__()
+        self._file, self._number = file, number
+        self._calls: dict[int, tuple[bytes, Any]] = {}
+
+    def datagram_received(self, data: bytes, source: Any) -> None:
+        call, _ = rpc.decode_call(data)
+        self._calls[call.xid] = data, source  # a retransmission is not another call
+        if len(self._calls) < self._number:
+            return
+        for waiting, client in reversed(self._calls.values()):
+            self._reply(waiting, client)
+        self._calls.clear()
+
+    def _reply(self, data: bytes, source: Any) -> None:
+        call, arguments = rpc.decode_call(data)
+        procedure = PROCEDURES[call.procedure]
+        _, offset, size = procedure.arguments.unpack(arguments)
+        part = self._file[offset : offset + size]
+        content = None, len(part), offset + size >= len(self._file), part
+        results = nfs3.encode_result(procedure, Status.OK, content)
+        reply = rpc.encode_accepted(call.xid, rpc.AcceptStat.SUCCESS, results)
+        self._transport.sendto(reply, source)
+
+
 def call_server(server: ScriptedServer, ask: Callable[[NfsClient], Any]) -> Any:
     """Call ``ask`` with a client of ``server`` and return its result."""
 
@@ -76,3 +104,25 @@ def test_busy_server_gets_a_new_call() -> None:
     assert result == (None, b"target")
     first, second = server.xids
     assert first != second  # with the same xid, the server would repeat its first reply
+
+
+@pytest.mark.parametrize(
+    ("size", "calls"), [(1000, 1), (1024, 1), (1025, 2), (2048, 2), (1600, 2), (4000, 2)]
+)
+def test_read_has_several_calls_in_flight(size: int, calls: int) -> None:
+    """The server replies to none of two READs before it has both."""
+    file = bytes(number % 251 for number in range(1600))
+
+    async def read(nfs: NfsClient) -> bytes:
+        nfs.transfer = 1024
+        return bytes(await nfs.read(AUTH, b"file", 0, size))
+
+    assert call_server(HoldingServer(file, calls), read) == file[:size]
+
+
+def test_server_that_replies_with_less_than_asked_for() -> None:
+    parts = [(None, 2, False, b"ab"), (None, 2, False, b"cd"), (None, 1, True, b"e")]
+    server = ScriptedServer(*[(Status.OK, part) for part in parts])
+    assert bytes(call_server(server, lambda nfs: nfs.read(AUTH, b"file", 0, 10))) == b"abcde"
+    empty = ScriptedServer((Status.OK, (None, 0, False, b"")))
+    assert bytes(call_server(empty, lambda nfs: nfs.read(AUTH, b"file", 0, 10))) == b""

@@ -79,7 +79,7 @@ class Client:
 
     async def receive(self) -> bytes:
         loop = asyncio.get_running_loop()
-        return rpc.decode_reply(await loop.sock_recv(self.sock, 70_000))
+        return bytes(rpc.decode_reply(await loop.sock_recv(self.sock, 70_000)))
 
 
 async def serve(service: NfsService, fabric: PrivateFabric) -> NfsServer:

@@ -393,15 +393,7 @@ class NfsOperations(pyfuse3.Operations):
     async def read(self, fh: int, off: int, size: int) -> bytes:
         """Read from an open file."""
         opened = self._open[fh]
-        data = bytearray()
-        while len(data) < size:
-            count = min(self._nfs.transfer, size - len(data))
-            arguments = opened.node.handle, off + len(data), count
-            _, _, end, part = await self._nfs.call(opened.auth, "read", *arguments)
-            data += part[:count]
-            if end or not part:
-                break
-        return bytes(data)
+        return await self._nfs.read(opened.auth, opened.node.handle, off, size)
 
     @_reports_errors
     async def write(self, fh: int, off: int, buf: bytes) -> int:

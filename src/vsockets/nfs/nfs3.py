@@ -244,7 +244,7 @@ def _numbers(of: Attributes) -> tuple[int, ...]:
 hyper, boolean, void = xdr.hyper, xdr.boolean, xdr.void
 handle, verifier = xdr.opaque(HANDLE_SIZE), xdr.fixed(VERIFIER_SIZE)
 # The bounds of names are checked by the server, which replies NAMETOOLONG.
-name, path, data = xdr.opaque(NAME_SIZE), xdr.opaque(PATH_SIZE), xdr.opaque(DATA_SIZE)
+name, path, data = xdr.opaque(NAME_SIZE), xdr.opaque(PATH_SIZE), xdr.data(DATA_SIZE)
 time = xdr.numbers("II", Time, tuple)
 device = structure(DeviceNumber, uint, uint)
 # One operation for all numbers: every reply has attributes.
@@ -346,7 +346,7 @@ def encode_result(procedure: Procedure, status: Status, content: Any) -> bytes:
     return bytes(out)
 
 
-def decode_result(procedure: Procedure, data: bytes) -> tuple[int, Any]:
+def decode_result(procedure: Procedure, data: bytes | memoryview) -> tuple[int, Any]:
     """Return the status and the results of a call.
 
     Raises XdrError if ``data`` is malformed.

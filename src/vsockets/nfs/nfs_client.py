@@ -114,6 +114,33 @@ class NfsClient:
         change = await self.call(auth, "setattr", handle, new._replace(atime=now, mtime=now), None)
         return handle, change.after, nfs3.WccData()
 
+    async def read(self, auth: Auth, handle: bytes, offset: int, size: int) -> bytes:
+        """Read ``size`` bytes, or fewer at the end of the file, by READs in flight together."""
+        if size <= self.transfer:
+            return await self._read(auth, handle, offset, size)
+        sizes = [min(self.transfer, size - at) for at in range(0, size, self.transfer)]
+        reads = [
+            self._read(auth, handle, offset + number * self.transfer, part_size)
+            for number, part_size in enumerate(sizes)
+        ]
+        parts = await asyncio.gather(*reads)
+        short = [len(part) < part_size for part, part_size in zip(parts, sizes, strict=True)]
+        # A short part ends the data, even if the file has grown before the next part was read.
+        return b"".join(parts[: short.index(True) + 1] if True in short else parts)
+
+    async def _read(self, auth: Auth, handle: bytes, offset: int, size: int) -> bytes:
+        """Read at most ``transfer`` bytes, in one READ if the server can."""
+        parts: list[bytes] = []
+        done = 0
+        while done < size:
+            _, _, end, part = await self.call(auth, "read", handle, offset + done, size - done)
+            part = part[: size - done]
+            parts.append(part)
+            done += len(part)
+            if end or not part:
+                break
+        return parts[0] if len(parts) == 1 else b"".join(parts)
+
     async def write(
         self, auth: Auth, handle: bytes, offset: int, data: bytes, stable: StableHow
     ) -> bytes:

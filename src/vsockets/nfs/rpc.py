@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct as packing
 from enum import IntEnum
 from typing import NamedTuple
 
@@ -86,21 +87,23 @@ auth_sys = xdr.structure(
 )
 _version_range = xdr.structure(lambda *ends: ends, xdr.uint, xdr.uint)
 _accepted = xdr.union({AcceptStat.PROG_MISMATCH: _version_range}, xdr.void)
+_CALL = packing.Struct(">6I")  # xid, CALL and four more numbers
+_XID_AND_KIND = packing.Struct(">II")
+#: A reply to a successful call, without a verifier: what follows its xid.
+_SUCCESS = packing.pack(">5I", REPLY, ACCEPTED, Flavor.NONE, 0, AcceptStat.SUCCESS)
 _denied = xdr.union({RejectStat.RPC_MISMATCH: _version_range, RejectStat.AUTH_ERROR: xdr.uint})
 
 
 def encode_call(call: CallHeader, arguments: bytes) -> bytes:
     """Return a call as one datagram."""
-    out = bytearray()
-    numbers = call.xid, CALL, call.version, call.program, call.program_version, call.procedure
-    for number in numbers:
-        xdr.uint.encode(number, out)
+    xid, version, program, program_version, procedure, _, _ = call
+    out = bytearray(_CALL.pack(xid, CALL, version, program, program_version, procedure))
     _auth.encode(call.credentials, out)
     _auth.encode(call.verifier, out)
     return bytes(out) + arguments
 
 
-def decode_call(data: bytes) -> tuple[CallHeader, bytes]:
+def decode_call(data: bytes) -> tuple[CallHeader, bytes | memoryview]:
     """Return a call and its arguments.
 
     Of a call in another version of RPC, only ``xid`` and ``version`` are decoded.
@@ -117,7 +120,7 @@ def decode_call(data: bytes) -> tuple[CallHeader, bytes]:
     program, program_version, procedure = (xdr.uint.decode(reader) for _ in range(3))
     credentials, verifier = _auth.decode(reader), _auth.decode(reader)
     call = CallHeader(xid, version, program, program_version, procedure, credentials, verifier)
-    return call, data[reader.position :]
+    return call, memoryview(data)[reader.position :]
 
 
 def decode_credentials(auth: Auth) -> AuthSys | None:
@@ -162,18 +165,21 @@ def reply_xid(data: bytes) -> int:
 
     Raises XdrError if ``data`` is not a reply.
     """
-    reader = Reader(data)
-    xid = xdr.uint.decode(reader)
-    if xdr.uint.decode(reader) != REPLY:
+    if len(data) < _XID_AND_KIND.size:
         raise XdrError("not a reply")
-    return xid
+    xid, kind = _XID_AND_KIND.unpack_from(data)
+    if kind != REPLY:
+        raise XdrError("not a reply")
+    return int(xid)
 
 
-def decode_reply(data: bytes) -> bytes:
-    """Return the results in a reply.
+def decode_reply(data: bytes) -> memoryview:
+    """Return the results in a reply, as a view of it.
 
     Raises RpcRejected if the server rejected the call, and XdrError for a malformed reply.
     """
+    if data[4 : 4 + len(_SUCCESS)] == _SUCCESS:
+        return memoryview(data)[4 + len(_SUCCESS) :]
     reply_xid(data)
     reader = Reader(data)
     reader.take(8)
@@ -188,4 +194,4 @@ def decode_reply(data: bytes) -> bytes:
     if status != AcceptStat.SUCCESS:
         known = AcceptStat(status).name if status in list(AcceptStat) else str(status)
         raise RpcRejected(f"{known} {versions}" if versions else known)
-    return data[reader.position :]
+    return memoryview(data)[reader.position :]

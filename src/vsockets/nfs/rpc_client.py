@@ -148,7 +148,7 @@ class RpcClient:
 
     async def call(
         self, program: int, version: int, procedure: int, arguments: bytes, credentials: Auth
-    ) -> bytes:
+    ) -> memoryview:
         """Return the results of a call.
 
         Raises OSError: ETIMEDOUT without a reply, EPROTO for a malformed reply, EACCES if the

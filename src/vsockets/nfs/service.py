@@ -155,7 +155,7 @@ class NfsService:
     def _perform(
         self,
         call: rpc.CallHeader,
-        arguments: bytes,
+        arguments: bytes | memoryview,
         guest: Any,
         caller: AuthSys | None,
         error: OSError | None,
@@ -182,7 +182,7 @@ class NfsService:
     def _nfs(
         self,
         number: int,
-        arguments: bytes,
+        arguments: bytes | memoryview,
         guest: Any,
         credentials: AuthSys | None,
         error: OSError | None,
@@ -238,7 +238,7 @@ class NfsService:
     def _mount(
         self,
         number: int,
-        arguments: bytes,
+        arguments: bytes | memoryview,
         guest: Any,
         credentials: AuthSys | None,
         error: OSError | None,

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import struct as packing
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, TypeVar, cast
 
 T = TypeVar("T")
 
@@ -20,7 +20,7 @@ class XdrError(ValueError):
 class Reader:
     """A buffer and the position of the next byte to read."""
 
-    def __init__(self, data: bytes) -> None:
+    def __init__(self, data: bytes | memoryview) -> None:
         self.data = data
         self.position = 0
 
@@ -30,7 +30,15 @@ class Reader:
         Raises XdrError if fewer remain.
         """
         begin = self.skip(size)
-        return self.data[begin : self.position]
+        return bytes(self.data[begin : self.position])
+
+    def view(self, size: int) -> memoryview:
+        """Consume the next ``size`` bytes and return a view of them, which copies nothing.
+
+        Raises XdrError if fewer remain.
+        """
+        begin = self.skip(size)
+        return memoryview(self.data)[begin : self.position]
 
     def skip(self, size: int) -> int:
         """Consume ``size`` bytes and return their position.
@@ -70,7 +78,7 @@ class Codec(Generic[T]):
         self.encode(value, out)
         return bytes(out)
 
-    def unpack(self, data: bytes) -> T:
+    def unpack(self, data: bytes | memoryview) -> T:
         """Decode ``data``, all of which must be one value.
 
         Raises XdrError if ``data`` is malformed or too long.
@@ -149,8 +157,7 @@ class _Fixed(Codec[bytes]):
 
     def decode(self, reader: Reader) -> bytes:
         value = reader.take(self._size)
-        if any(reader.take(-self._size % 4)):
-            raise XdrError("padding is not zero")
+        _skip_padding(reader, self._size)
         return value
 
 
@@ -166,13 +173,36 @@ class _Opaque(Codec[bytes]):
         out += bytes(-len(value) % 4)
 
     def decode(self, reader: Reader) -> bytes:
+        value = reader.take(self._size(reader))
+        _skip_padding(reader, len(value))
+        return value
+
+    def _size(self, reader: Reader) -> int:
         size = uint.decode(reader)
         if size > self._limit:
             raise XdrError(f"{size} bytes (expected at most {self._limit})")
-        value = reader.take(size)
-        if any(reader.take(-size % 4)):
-            raise XdrError("padding is not zero")
-        return value
+        return size
+
+
+class _Data(_Opaque):
+    """Opaque data that is large: decoded as a view of the buffer, as copies cost more than a call.
+
+    The view is annotated as bytes, which it can replace wherever the system reads a buffer.
+    """
+
+    def decode(self, reader: Reader) -> bytes:
+        value = reader.view(self._size(reader))
+        _skip_padding(reader, len(value))
+        return cast(bytes, value)
+
+
+def _skip_padding(reader: Reader, size: int) -> None:
+    """Consume the padding of ``size`` bytes of opaque data.
+
+    Raises XdrError unless it is zero.
+    """
+    if size % 4 and any(reader.take(-size % 4)):
+        raise XdrError("padding is not zero")
 
 
 class _Array(Codec[tuple[T, ...]]):
@@ -235,7 +265,7 @@ class _Structure(Codec[T]):
             codec.encode(member, out)
 
     def decode(self, reader: Reader) -> T:
-        return self._make(*(codec.decode(reader) for codec in self._members))
+        return self._make(*[codec.decode(reader) for codec in self._members])
 
 
 class _Union(Codec[tuple[int, Any]]):
@@ -273,6 +303,11 @@ def fixed(size: int) -> Codec[bytes]:
 def opaque(limit: int) -> Codec[bytes]:
     """Return the codec of opaque data or a string of at most ``limit`` bytes."""
     return _Opaque(limit)
+
+
+def data(limit: int) -> Codec[bytes]:
+    """Return the codec of at most ``limit`` bytes that are decoded as a view of the buffer."""
+    return _Data(limit)
 
 
 def array(element: Codec[T], limit: int) -> Codec[tuple[T, ...]]:
