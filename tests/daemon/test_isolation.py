@@ -131,7 +131,7 @@ def test_a_removed_guests_connections_are_closed(vsock_fabric: PrivateFabric) ->
 
 
 def test_a_removed_parent(fabric: PrivateFabric) -> None:
-    """A later guest with its CID is a stranger, as any other guest."""
+    """A later guest with the parent's CID is a stranger to the parent's former child."""
     parent = fabric.guest()
     child = fabric.guest(parent=parent.cid)
     with vsockets.create_server((vsockets.VMADDR_CID_ANY, 7171), context=parent):

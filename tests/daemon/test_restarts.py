@@ -354,7 +354,7 @@ def test_it_is_not_started_again_for_ever() -> None:
         kill_at_once(fabric)
         process = vars(fabric)["_process"]
         assert process.wait(PATIENCE) == 128 + signal.SIGKILL
-        assert "vsockd was ended by SIGKILL again: it is not started another time" in fabric.log
+        assert "vsockd was ended by SIGKILL again: it is not restarted" in fabric.log
         fabric.stop()
     fabric.kill()
 

@@ -125,7 +125,7 @@ class Broker:
         }
 
     def save(self, writer: Writer) -> Saved:
-        """Return streams and channels for the next vsockd; the caller saves what they refer to."""
+        """Return the state of streams and channels; the caller saves what they refer to."""
         return {
             "streams": self.streams.save(writer),
             "kept": [writer.channel(one) for kept in self._channels.values() for one in kept],
@@ -161,7 +161,7 @@ class Broker:
         self.datagrams.keep_journal(journal)
 
     def find_kept(self, fd: int) -> Channel | None:
-        """Return the channel that is kept with this descriptor, if there is one."""
+        """Return the channel that is kept with this descriptor, or None."""
         kept = (one for channels in self._channels.values() for one in channels)
         return next((one for one in kept if one.sock.fileno() == fd), None)
 
@@ -688,7 +688,7 @@ class Broker:
             raise Refused(code, f"the device cannot be asked: {error.strerror}") from None
 
     def _abandon(self, channel: Channel, connection: Connection) -> None:
-        """End a connection that its client is refused; a bound socket gets its port back."""
+        """End a connection whose client gets a refusal; a bound socket gets its port back."""
         self.fabric.end(connection.number)
         if channel.endpoint is not None:
             self.fabric.rebind(channel.endpoint)

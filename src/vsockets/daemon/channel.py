@@ -145,7 +145,7 @@ class Channel(Peer):
         return self.requests, self.listener.version
 
     def save(self, writer: Writer) -> Saved:
-        """Return the channel for the next vsockd; a channel that was handed off has no socket."""
+        """Return the channel's state for the next vsockd; after a hand-off it has no socket."""
         return {
             "class": type(self).__name__,
             "socket": (
@@ -208,7 +208,7 @@ class Channel(Peer):
     def send(self, record: bytes, in_flight: InFlight | None = None) -> None:
         """Send a reply, which is lost if the client does not read its replies.
 
-        With ``in_flight``, it is the reply to the request being served, and is sent once.
+        With ``in_flight``, the record is the reply to the request being served, and is sent once.
         """
         try:
             if in_flight is None:
@@ -257,7 +257,7 @@ class Listener:
         return len(self._held), list(self._pending)
 
     def save(self, writer: Writer) -> Saved:
-        """Return the listener for the next vsockd."""
+        """Return the listener's state for the next vsockd."""
         return {
             "class": type(self).__name__,
             "capacity": self._capacity,
@@ -269,7 +269,7 @@ class Listener:
         }
 
     def restore(self, reader: Reader, saved: Saved) -> None:
-        """Set what the previous vsockd has saved, instead of what it has saved before."""
+        """Replace the state by a later one that the previous vsockd has saved."""
         Listener.close(self)
         self._capacity = saved["capacity"]
         for party in saved["pending"]:
@@ -331,7 +331,7 @@ class Listener:
     ) -> None:
         """Send the program the record and the descriptor of a new connection, opened by ``party``.
 
-        With ``in_flight``, it is that of the request being served, and is sent once.
+        With ``in_flight``, the connection is that of the request being served, and is sent once.
 
         Raises OSError when it cannot be sent.
         """

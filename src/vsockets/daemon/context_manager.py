@@ -177,7 +177,7 @@ class ContextListeners:
             self._accept(loop, broker, context, kind, listener)
 
     def save(self, writer: Writer) -> Saved:
-        """Return the sockets for the next vsockd."""
+        """Return the state of the sockets for the next vsockd."""
         return {"listeners": [writer.descriptor(one.listener.fileno()) for one in self._acceptors]}
 
     def _accept(
@@ -288,7 +288,7 @@ class ContextManager:
         self._open_listeners(self._fabric.contexts.host)
 
     def save(self, writer: Writer) -> list[Saved]:
-        """Return the sockets of all contexts for the next vsockd."""
+        """Return the state of all contexts' sockets for the next vsockd."""
         saved = (self._save_listeners(context, writer) for context in self._listeners)
         return [one for one in saved if one is not None]
 

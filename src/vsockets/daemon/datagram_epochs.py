@@ -232,7 +232,7 @@ def _end(sock: _socket.socket, name: str, node: int | None) -> None:
 def _node(sock: _socket.socket, name: str, node: int | None) -> Iterator[str]:
     """Yield a path to ``sock``.
 
-    Raises OSError without ``node`` if vsockd lacks CAP_NET_ADMIN.
+    Raises OSError if ``node`` is missing and vsockd lacks CAP_NET_ADMIN.
     """
     if node is not None:
         yield f"/proc/self/fd/{node}"

@@ -321,7 +321,7 @@ class Datagrams:
         return len(self._by_cookie)
 
     def save(self, writer: Writer) -> Saved:
-        """Return all sockets and routes for the next vsockd, once the links are saved."""
+        """Return the state of all sockets and routes; call it after the links are saved."""
         contexts = {id(routes): context.cid for context, routes in self._inbound.items()}
         sockets: dict[int | None, int] = {}
         routes: dict[int, Any] = {}

@@ -229,7 +229,7 @@ class HandoffLink:
             self._broker.journal.link(self)
 
     def save(self, writer: Writer) -> Saved:
-        """Return the link for the next vsockd."""
+        """Return the link's state for the next vsockd."""
         return {
             "context": self._context.cid,
             "socket": writer.descriptor(self._sock.fileno()),
@@ -268,11 +268,12 @@ class HandoffLink:
         return len(self._pending) < LISTEN_BACKLOG_MAX
 
     def require_settled(self, port: int, context: Context, bound: Endpoint | None) -> None:
-        """Have a connect to ``port`` come from an address without a pending connect to it.
+        """Refuse a connect to ``port`` from an address whose last connect to it is not settled.
 
-        The client of that connect has closed, or a change of state has ended it, and the device has
-        yet to report on it.  The report has addresses only, and would be taken for one on the next
-        connect.  A socket without an address gets a port that is free in this sense, too.
+        The client of that last connect has closed, or a change of state has ended the connect, and
+        the device has yet to report on it.  The report has addresses only, and would be taken for
+        one on the next connect.  A socket without an address will get a port without such a
+        connect.
 
         Raises Refused with ECONNRESET if ``bound`` has the address, and with EADDRNOTAVAIL if no
         port of ``context`` is free.
@@ -303,7 +304,7 @@ class HandoffLink:
     def hand_over(
         self, record: bytes, sock: _socket.socket, in_flight: InFlight | None = None
     ) -> None:
-        """Hand off a connection to the device, once if it is the request being served.
+        """Hand off a connection to the device, only once for the request being served.
 
         Raises OSError.
         """
@@ -440,7 +441,7 @@ class DeviceChannel(Channel):
     is_device = True
 
     def read(self) -> bytes:
-        """Return the next request, without its writer's credentials, which give it no rights."""
+        """Return the next request, without the writer's credentials: they give no rights."""
         try:
             if self.kind is EndpointKind.SEQPACKET:
                 return self.sock.recv(REQUEST_SIZE, PEEK)
@@ -485,7 +486,7 @@ class DeviceLink(HandoffLink):
     """A device's link to vsockd."""
 
     def save(self, writer: Writer) -> Saved:
-        """Return the link for the next vsockd."""
+        """Return the link's state for the next vsockd."""
         device, ports, datagrams = self._context.device, self._host_ports, self._datagrams
         assert device is not None
         return {
@@ -499,7 +500,7 @@ class DeviceLink(HandoffLink):
         }
 
     def restore(self, reader: Reader, saved: Saved) -> None:
-        """Add what the previous vsockd has saved."""
+        """Restore the state that the previous vsockd has saved."""
         super().restore(reader, saved)
         if saved["datagrams"] is not None:
             self.set_datagrams(reader.receivers[saved["datagrams"]])

@@ -1,6 +1,6 @@
-"""The form in which the release before has handed over its state, in the form of this one.
+"""Conversion of the state that a vsockd of the previous release hands over.
 
-Format 4 has no parts that come in advance, but for rows of established streams.
+In format 4 only rows of established streams are sent in advance.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ FORMAT = 4
 
 
 def convert(state: Saved, rows: list[Any]) -> None:
-    """Convert ``state``, of format 4, where ``rows`` came before it, to the format of today."""
+    """Convert ``state``, of format 4, to the present format; ``rows`` were sent in advance."""
     state["removed"], state["dropped"] = [], []
     streams = state["served"]["streams"]
     connections = {row[0]: row for row in rows}

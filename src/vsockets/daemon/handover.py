@@ -41,7 +41,7 @@ Saved = dict[str, Any]
 
 
 class Early:
-    """The part of the state that was sent before the rest, by number."""
+    """The objects that were sent before the rest of the state, by number."""
 
     def __init__(self) -> None:
         self.contexts: dict[int, Saved] = {}
@@ -79,7 +79,7 @@ class Writer:
         self.find_parties(fabric)
 
     def find_parties(self, fabric: Fabric) -> None:
-        """Find the parties of the fabric, which may have others than before."""
+        """Look up the fabric's parties again, because they may have changed."""
         self._parties = {
             party: (context.cid, party.uid)
             for context in fabric.contexts
@@ -95,7 +95,8 @@ class Writer:
     def descriptor(self, fd: int, owner: object = None) -> int:
         """Return the number for a descriptor.
 
-        With ``owner``, an object that has this descriptor as long as it has one, it is sent once.
+        With ``owner``, an object that never changes its descriptor, the descriptor is sent only
+        once.
         """
         if self.lasting:
             return fd
@@ -235,7 +236,7 @@ def save_context(context: Context) -> Saved:
 
 
 def restore_context(fabric: Fabric, saved: Saved) -> None:
-    """Add a context from plain values, or set those of one that exists."""
+    """Add a context from plain values, or update an existing one."""
     contexts, named = fabric.contexts, (saved["name"], saved["owner"])
     context = contexts.get(saved["cid"])
     if context is None or (context.is_guest and named != (context.name, context.owner)):
@@ -284,7 +285,7 @@ def save_fabric(fabric: Fabric, early: Early) -> Saved:
 
 
 def restore_fabric(fabric: Fabric, saved: Saved) -> None:
-    """Give a new fabric what :func:`save_fabric` has returned."""
+    """Restore in a new fabric the state that :func:`save_fabric` has returned."""
     for cid in saved["removed"]:
         fabric.contexts.remove(cid)
     for one in saved["contexts"]:
@@ -339,7 +340,7 @@ def restore_endpoint(reader: Reader, saved: Saved) -> Endpoint:
 
 
 def update_endpoint(endpoint: Endpoint, saved: Saved) -> None:
-    """Set what can change of a stream endpoint, whose port :func:`release_endpoint` released."""
+    """Update the state of a stream endpoint whose port :func:`release_endpoint` has released."""
     endpoint.cookie, endpoint.inode = saved["cookie"], saved["inode"]
     endpoint.listening, endpoint.pending = saved["listening"], saved["pending"]
     endpoint.sizes = BufferSizes(*saved["sizes"])

@@ -36,7 +36,7 @@ _Identity = tuple[int, int]
 
 
 class Holder:
-    """A vsockd that is started again; in that process, its connection to this one."""
+    """The holder's side of a vsockd; in vsockd's own process, the connection to the holder."""
 
     def __init__(self, restarts: int, remains: bool) -> None:
         """Start vsockd again at most ``restarts`` times within DAEMON_RESTARTS_SECONDS.
@@ -91,7 +91,7 @@ class Holder:
             while starts and starts[0] < time.monotonic() - DAEMON_RESTARTS_SECONDS:
                 starts.popleft()
             if len(starts) >= self._restarts:
-                log.error("vsockd was ended by %s again: it is not started another time", name)
+                log.error("vsockd was ended by %s again: it is not restarted", name)
                 return status
             starts.append(time.monotonic())
             log.error("vsockd was ended by %s: starting it again", name)
@@ -119,7 +119,7 @@ class Holder:
                 os.kill(pid, number)
 
     def _leave(self) -> int:
-        """Close everything, which belongs to the successor now; wait for it, or end."""
+        """Close all descriptors, which the successor has now; wait for the successor, or end."""
         folder = self.in_flight.memory.folder
         if not self._remains:
             return 0

@@ -64,7 +64,7 @@ class HybridChannel(Channel):
     has_requests = False  # the line is read in pieces
 
     def save(self, writer: Writer) -> Saved:
-        """Return the channel for the next vsockd."""
+        """Return the channel's state for the next vsockd."""
         return {**super().save(writer), "cid": self._cid, "line": self._line.received}
 
     @classmethod
@@ -173,7 +173,7 @@ class HybridListener:
         self._context.fallback = self._find
 
     def save(self, writer: Writer) -> Saved:
-        """Return the listener for the next vsockd."""
+        """Return the listener's state for the next vsockd."""
         relay = self._relay if self._relay is not None and self._relay.is_open else None
         return {
             "folder": writer.descriptor(self._file.folder),
@@ -274,7 +274,7 @@ class PlayedHostLink(HandoffLink):
         self._record()
 
     def save(self, writer: Writer) -> Saved:
-        """Return the link for the next vsockd."""
+        """Return the link's state for the next vsockd."""
         return {
             **super().save(writer),
             "played": self._guest.cid,
@@ -310,7 +310,7 @@ class Relay(HandoffLink):
         self.pid = pid
 
     def save(self, writer: Writer) -> Saved:
-        """Return the link for the next vsockd."""
+        """Return the link's state for the next vsockd."""
         return {**super().save(writer), "pid": self.pid}
 
     @classmethod

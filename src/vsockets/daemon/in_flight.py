@@ -191,7 +191,7 @@ class InFlight:
         return accept_marked
 
     def begin(self, fd: int, cid: int = 0, kind: int = 0) -> None:
-        """Begin with a request on a channel that the journal has, or another message.
+        """Begin to serve a request on a channel that is in the journal, or another message.
 
         ``cid`` and ``kind`` are those of :meth:`accepting`.
         """

@@ -1,12 +1,11 @@
-"""The journal: what vsockd has, in memory that outlives vsockd.
+"""The journal: vsockd's state, in memory that outlives vsockd.
 
-It begins with everything, in the form of :mod:`.handover`; that of a successor with parts that it
-saves while its predecessor serves.  Each entry after that has what one
-request, or one other event, has changed: rows ``(table, number, row)``, with None for a row that
-was removed.  A connect, the most frequent request, has an entry of its own form.  An entry is
-written before the reply to the request is sent, with what is left to do for the request
-(:mod:`.in_flight`).  When the entries take more space than the beginning, a new journal replaces
-it.
+It begins with the whole state, in the form of :mod:`.handover`; a successor saves parts of that
+while its predecessor serves.  Each entry after that has what one request, or one other event, has
+changed: rows ``(table, number, row)``, with None for a row that was removed.  A connect, the most
+frequent request, has an entry of its own form.  An entry is written before the reply to the request
+is sent, with what is left to do for the request (:mod:`.in_flight`).  When the entries take more
+space than the beginning, a new journal replaces it.
 
 The journal is a memory file among the descriptors that vsockd shares with its holder: it lasts as
 long as the descriptors that it names, needs no space on a disk, and is open to no other user.  An
@@ -64,7 +63,7 @@ class KeptChannel(Protocol):
     sock: _socket.socket
 
     def save(self, writer: Writer) -> Saved:
-        """Return the channel for the next vsockd."""
+        """Return the channel's state for the next vsockd."""
 
 
 class AnnouncingListener(Protocol):
@@ -87,7 +86,7 @@ class KeptLink(Protocol):
         """True until the link is closed."""
 
     def save(self, writer: Writer) -> Saved:
-        """Return the link for the next vsockd."""
+        """Return the link's state for the next vsockd."""
 
 
 class JournalDamaged(Exception):
@@ -124,7 +123,7 @@ class Log:
         return end
 
     def add(self, content: bytes) -> int:
-        """Do both, in one call (hot path); return the log's length."""
+        """Append an entry and include it, in one call (hot path); return the log's length."""
         mapped, begin, size = self._map, self.end, len(content)
         end = self.end = begin + _HEADER_SIZE + size
         if end > len(mapped):
@@ -140,7 +139,7 @@ class Log:
 
 
 def read_entries(fd: int) -> Iterator[tuple[Any, Left | None, int]]:
-    """Return the entries of the journal ``fd``: changes, what was left to do, and its number.
+    """Return the entries of the journal ``fd``, each with changes, remaining work and number.
 
     Raises JournalDamaged.
     """
@@ -199,7 +198,7 @@ class Journal:
         save: Callable[[Writer], Saved],
         save_handle: Callable[[Writer, object], Any],
     ) -> None:
-        """Start without a file; ``save`` returns everything that vsockd has."""
+        """Start without a file; ``save`` returns vsockd's whole state."""
         self.in_flight = in_flight
         self._loop = loop
         self._fabric = fabric
@@ -227,9 +226,10 @@ class Journal:
         self._parts = [marshal.dumps(part) for part in save_early(self.writer)]
 
     def begin(self, left: Left | None = None, serial: int = 0) -> None:
-        """Begin a new journal with everything that vsockd has now, instead of the old one.
+        """Begin a new journal with vsockd's present state, instead of the old one.
 
-        ``left`` is what the vsockd before has left to do, and ``serial`` the number of its entry.
+        ``left`` is the work that the previous vsockd has left to do, ``serial`` the number of its
+        entry.
         """
         self._serial = max(self._serial, serial)
         if not self._parts:
@@ -319,7 +319,7 @@ class Journal:
                 self._begin_later()
 
     def _collect(self) -> bool:
-        """Return whether there are changes, after adding rows of what was noted."""
+        """Add the rows of all noted objects to the entry; return whether it has changes."""
         if self._channels or self._endpoints or self._links:
             self._save_changed()
         if self._ended:

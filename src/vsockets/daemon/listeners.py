@@ -113,7 +113,7 @@ class NamedListener(Listener):
         self._idle_token: _socket.socket | None = None  # a connected token without a record yet
 
     def save(self, writer: Writer) -> Saved:
-        """Return the listener for the next vsockd."""
+        """Return the listener's state for the next vsockd."""
         # They come and go with each connection; without them, pending ones are counted from zero.
         kept = not writer.lasting
         tokens = [writer.descriptor(token.fileno()) for token in self._tokens if kept]
@@ -129,7 +129,7 @@ class NamedListener(Listener):
         }
 
     def restore(self, reader: Reader, saved: Saved) -> None:
-        """Set what the previous vsockd has saved."""
+        """Restore the state that the previous vsockd has saved."""
         super().restore(reader, saved)
         for token in saved["tokens"]:
             self._tokens.append(reader.socket(token, self._type))
@@ -238,7 +238,7 @@ class NamedListener(Listener):
 
 
 class Unannounced:
-    """The listeners with connections that could not be announced when they were made."""
+    """The listeners with connections that could not be announced at once."""
 
     def __init__(
         self,
@@ -279,7 +279,7 @@ class Unannounced:
         self.retry_later()
 
     def require_announceable(self, channel: Channel, target: object) -> None:
-        """Raise Refused for a connection that could not be announced, while others wait to be.
+        """Raise Refused if a connection could not be announced, because earlier ones still wait.
 
         The client then gets an errno at once, instead of an established stream that waits.
         """

@@ -61,7 +61,7 @@ def _bound_before(sock: _socket.socket) -> str:
 
 
 def recover_node(fd: int) -> bool:
-    """Keep a descriptor for the request under way, if it is one of a name; return whether it is."""
+    """Keep ``fd`` for the request under way if it refers to a name; return whether it does."""
     path, deleted, _ = os.readlink(f"/proc/self/fd/{fd}").partition(" (deleted)")
     name = os.path.basename(path)
     if not deleted or not _NAME.fullmatch(name):
@@ -76,7 +76,7 @@ def recover_names() -> None:
 
 
 def close_recovered() -> None:
-    """Close and remove what the request under way has not used."""
+    """Close and remove the descriptors and names that the request under way has not used."""
     for fd in _recovered.values():
         os.close(fd)
     _recovered.clear()

@@ -1,4 +1,4 @@
-"""Starting again after vsockd was killed: its state from the journal, and the request under way."""
+"""Recovery after vsockd was killed: its state from the journal, and the interrupted request."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class SharedDescriptors(Sequence[int]):
 
 
 class Killed:
-    """A vsockd that was killed, as the one that starts in its place sees it."""
+    """A vsockd that was killed, as seen by the one that replaces it."""
 
     def __init__(self, in_flight: InFlight, kept: set[int]) -> None:
         """Start without state; the descriptors ``kept`` are not vsockd's."""
@@ -92,7 +92,7 @@ class Killed:
         """Do nothing: the other process has ended."""
 
     def continue_request(self, broker: Broker, control: ControlSocket) -> None:
-        """Do what was left to do for the request that was being served; close what is not used."""
+        """Finish the request that was being served; close descriptors that are not used."""
         request, doomed = self.in_flight.request, self.in_flight.memory.doomed
         orphans = self.orphans()
         self._link = self._find_link(request.fd) if request.serving else None
@@ -208,7 +208,7 @@ class Killed:
                 broker.queries.report_listener_size(connection)
 
     def _serve(self, broker: Broker, clients: dict[int, socket.socket]) -> None:
-        """Serve a request that was not decided; if it was refused, do not do so again."""
+        """Serve a request that was not decided; do not send a refusal twice."""
         request = self.in_flight.request
         fd = request.fd
         channel = broker.find_kept(fd) if fd >= 0 else None
@@ -322,7 +322,7 @@ class _Tables:
                 self._tables[table][number] = row
 
     def _count(self, row: tuple[Any, ...], is_established: bool) -> None:
-        """Count a stream as its two contexts have done, its number, and its port."""
+        """Count a stream in its two contexts, and its number and its port."""
         number, cid, _, (_, port), (peer, _), *_ = row
         is_next = number > self._state["last_number"] or number == 1  # they begin again
         if is_next:
@@ -337,7 +337,7 @@ class _Tables:
                 self._contexts[cid]["following"] = [following, datagrams]
 
     def finish(self) -> None:
-        """Return the tables to the form of the hand-over."""
+        """Return the tables in the form of the hand-over."""
         state, channels = self._state, self._state["channels"]
         values = self._tables["values"]
         state["following"], state["settings"] = values[0], values[1]

@@ -81,7 +81,7 @@ class Group:
         return self.checks, len(self.numbers)
 
     def save(self, writer: Writer) -> Saved:
-        """Return the group for the next vsockd."""
+        """Return the group's state for the next vsockd."""
         return {
             "epoll": writer.descriptor(self.fd, self),
             "numbers": list(self.numbers),
@@ -97,7 +97,7 @@ class Group:
         return group
 
     def update(self, saved: Saved) -> None:
-        """Set what the previous vsockd has saved."""
+        """Restore the state that the previous vsockd has saved."""
         self.numbers = set(saved["numbers"])
         self.registered = saved["registered"]
         self.inodes = dict(saved["inodes"])
@@ -169,7 +169,7 @@ class StreamLiveness:
         return rows
 
     def save(self, writer: Writer) -> Saved:
-        """Return the groups for the next vsockd; the one checked longest ago comes first."""
+        """Return the groups' state for the next vsockd; the one checked longest ago is first."""
         return {
             "groups": self.save_groups(writer),
             "order": [writer.group(group) for group in self._groups.values()],
@@ -193,7 +193,7 @@ class StreamLiveness:
             self._by_inode.update(group.inodes)
 
     def restore(self, reader: Reader, saved: Saved) -> None:
-        """Set what the previous vsockd has saved."""
+        """Restore the state that the previous vsockd has saved."""
         self.restore_groups(reader, saved["groups"])
         order = saved["order"]
         for number in reader.groups.keys() - set(order):
@@ -244,7 +244,7 @@ class StreamLiveness:
         return group
 
     def _next_group(self) -> Group:
-        """Return the group for the next stream."""
+        """Return the group of registrations to add the next stream to."""
         if self._filled is not None:
             filled, self._filled = self._filled, None
             self.check(filled)  # most streams are short: the group may have space again

@@ -269,7 +269,7 @@ class Disconnector:
         self._ask({tracer} if tracer else {pid, *owners}, targets)
 
     def _ask(self, supervisors: Iterable[int], targets: dict[Target, int]) -> None:
-        """Ask the processes ``supervisors``, as far as they are such, to shut down ``targets``."""
+        """Ask those of the processes ``supervisors`` that are supervisors to close ``targets``."""
         from ..supervisor.remote_shutdown import Requests  # rarely needed
 
         if self._requests is None:
@@ -349,7 +349,7 @@ class Streams:
         return save_connections(writer, established)
 
     def save(self, writer: Writer) -> Saved:
-        """Return all streams, and those to be disconnected, for the next vsockd."""
+        """Return the state of all streams, and those to be disconnected, for the next vsockd."""
         early, connections = writer.early.connections, self._fabric.connections
         liveness = self._liveness.save(writer)
         others = [one for number, one in connections.items() if number not in early]
@@ -401,7 +401,7 @@ class Streams:
         connection.watch = channel.watch = group
 
     def find_accepted(self, inode: int) -> Connection | None:
-        """Return the stream whose accepting end has this inode, if there is one."""
+        """Return the stream whose accepting end has this inode, or None."""
         number = self._liveness.find(inode)
         return None if number is None else self._fabric.connections.get(number)
 

@@ -17,11 +17,11 @@ The running vsockd starts its successor, with a socket between the two::
                        <------------------ "go"; ends without cleaning up
       serves
 
-Requests wait in the kernel from the last "next" on.  The parts before have what there may be very
-much of, and what seldom changes: contexts, established streams, listening sockets of the library.
-The rest has those that have changed since, and the numbers of those that have ended.  Descriptors
-are copies until the predecessor ends: if the successor fails at any point before "taken", the
-predecessor goes on serving.
+Requests wait in the kernel from the last "next" on.  The earlier parts have what is numerous and
+seldom changes: contexts, established streams, listening sockets of the library.  The rest has those
+that have changed since, and the numbers of those that have ended.  Descriptors are copies until the
+predecessor ends: if the successor fails at any point before "taken", the predecessor goes on
+serving.
 
 All descriptors are sent.  A process that executes another program gets a table of descriptors of
 its own, and can join no other process's table later, so a successor cannot share its predecessor's
@@ -231,7 +231,7 @@ def _save_references(writer: Writer) -> tuple[Numbered, Numbered, Numbered]:
 
 
 def save_handle(writer: Writer, handle: object) -> tuple[str, int | None] | None:
-    """Return what an endpoint refers to; None for a datagram socket."""
+    """Return the state of the object an endpoint refers to; None for a datagram socket."""
     if isinstance(handle, HandoffLink):
         return "link", writer.link(handle)
     channel = handle.channel if isinstance(handle, Listener) else handle
@@ -250,7 +250,7 @@ def _restore_handle(reader: Reader, saved: tuple[str, int]) -> object:
 
 
 def restore_early(reader: Reader, part: Saved, broker: Broker) -> None:
-    """Give a new broker a part that :func:`save_early` has yielded."""
+    """Restore in a new broker a part that :func:`save_early` has yielded."""
     for one in part["contexts"]:
         restore_context(broker.fabric, one)
     broker.streams.restore_groups(reader, part["groups"])
@@ -266,7 +266,7 @@ def restore_early(reader: Reader, part: Saved, broker: Broker) -> None:
 
 
 def restore_broker(reader: Reader, saved: Saved, loop: EventLoop, broker: Broker) -> None:
-    """Give a new broker what :func:`save_broker` has returned."""
+    """Restore in a new broker the state that :func:`save_broker` has returned."""
     channels, endpoints, served = saved["channels"], saved["endpoints"], saved["served"]
     # What has closed since comes first: its ports may have other holders.
     broker.streams.end(served["streams"]["ended"])
@@ -341,7 +341,7 @@ class Part(NamedTuple):
 
 
 class NotTakenOver(Exception):
-    """A predecessor that serves again, instead of its successor."""
+    """A failed take-over, after which the predecessor serves again."""
 
 
 class Successor:
@@ -354,7 +354,7 @@ class Successor:
         save: Callable[[], Iterator[Part]],
         ended: Callable[[str], None],
     ) -> None:
-        """Start ``command``, which the number of its socket completes.
+        """Start ``command``, with the number of its socket appended.
 
         ``save`` is called when the successor is ready.  It yields the parts of the state, the next
         one whenever the successor has restored one, and the rest last.  ``ended`` is called at the
@@ -386,7 +386,7 @@ class Successor:
             words = self._sock.recv(64).split()
             gc.disable()  # it would look at every object that is made, and find no garbage
             if not words:
-                self._end("it has ended; see its messages")
+                self._end("the process has ended; see its messages")
             elif words == [b"ready", b"%d" % FORMAT]:
                 self._parts = self._save()
                 self._send_next()

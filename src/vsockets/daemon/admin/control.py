@@ -5,7 +5,7 @@
 
 A request of a report with ``"parts": true`` is answered in parts, so that other clients never wait
 for it: as long as the answer is ``{"part": [rows]}``, the administrator sends ``{"op":
-"continue"}``; ``{"ok": …}`` has the last rows.  Programs of releases before do not ask for parts.
+"continue"}``; ``{"ok": …}`` has the last rows.  Programs of earlier releases do not ask for parts.
 """
 
 from __future__ import annotations
@@ -102,7 +102,7 @@ class ControlSocket:
         self._acceptor = Acceptor(loop, listener, "an administrator", self.admit)
 
     def save(self, writer: Writer) -> Saved:
-        """Return the socket and its connections for the next vsockd."""
+        """Return the state of the socket and its connections for the next vsockd."""
         return {
             "listener": writer.descriptor(self._acceptor.listener.fileno()),
             "sessions": [session.save(writer) for session in self._sessions],
@@ -123,7 +123,7 @@ class ControlSocket:
             session.answer_received()
 
     def find(self, fd: int) -> ControlSession | None:
-        """Return the connection with this descriptor, if there is one."""
+        """Return the connection with this descriptor, or None."""
         return next((one for one in self._sessions if one.fileno() == fd), None)
 
     def owns(self, fd: int) -> bool:
@@ -218,7 +218,7 @@ class ControlSession:
             self.answer_received()
 
     def _ready_with_journal(self, journal: Journal) -> None:
-        """Read requests; they are in the journal before they are removed from the socket."""
+        """Read requests, and put them into the journal before they are removed from the socket."""
         try:
             data = self._sock.recv(IN_FLIGHT_MAX_BYTES, socket.MSG_PEEK)
         except (BlockingIOError, ConnectionError):
@@ -233,7 +233,7 @@ class ControlSession:
         self.answer_received()
 
     def _receive(self, data: bytes) -> bool:
-        """Take what was read; return False if the connection was closed."""
+        """Add received bytes to the requests; return False if the connection was closed."""
         self._received += data
         if not data or len(self._received) > CONTROL_REQUEST_MAX_BYTES:
             self._close()
@@ -284,19 +284,19 @@ class ControlSession:
         self.send_once(data, passed)
 
     def consume_once(self, size: int) -> None:
-        """Remove what was read from the socket, unless it has been removed."""
+        """Remove ``size`` bytes, which were read, from the socket, unless that was done before."""
         journal = self._handlers.broker.journal
         assert journal is not None
         journal.in_flight.consume(self._sock, size)
 
     def send_once(self, data: bytes, passed: int) -> None:
-        """Send an answer, with a descriptor if ``passed`` is one, unless it has been sent."""
+        """Send an answer, with the descriptor ``passed`` if any, unless it was sent before."""
         journal = self._handlers.broker.journal
         assert journal is not None
         journal.in_flight.send(Step.REPLY, self._sock, data, passed)
 
     def save(self, writer: Writer) -> Saved:
-        """Return the connection for the next vsockd."""
+        """Return the connection's state for the next vsockd."""
         contexts = self._handlers.broker.fabric.contexts
         return {
             "socket": writer.descriptor(self._sock.fileno()),
@@ -308,7 +308,7 @@ class ControlSession:
         }
 
     def restore(self, reader: Reader, saved: Saved) -> None:
-        """Set what the previous vsockd has saved."""
+        """Restore the state that the previous vsockd has saved."""
         self._received = saved["received"]
         self._leases = [reader.context(cid) for cid in saved["leases"]]
         self._missed = saved["missed"]

@@ -2,7 +2,7 @@
 
 A host may have a hundred thousand streams.  So a report is made in steps: an iterator that yields a
 row, or None after some work without one, and the session does a few steps per request
-(:mod:`.control`).  What ends between two steps is left out.
+(:mod:`.control`).  An item that ends between two steps is left out.
 """
 
 from __future__ import annotations
