@@ -162,7 +162,7 @@ def _show_completion(context: click.Context, parameter: click.Parameter, wanted:
     is_eager=True,
     expose_value=False,
     callback=_install_completion,
-    help="Install completion for the shell this is called from: bash, zsh or fish.",
+    help="Install completion for the calling shell: bash, zsh or fish.",
 )
 @click.option(
     "--show-completion",
@@ -170,7 +170,7 @@ def _show_completion(context: click.Context, parameter: click.Parameter, wanted:
     is_eager=True,
     expose_value=False,
     callback=_show_completion,
-    help="Print the completion script of that shell, to install it elsewhere.",
+    help="Print the completion script of the calling shell, to install it elsewhere.",
 )
 def app(folder: Path | None) -> None:
     """Connect a host and its guests by vSockets, with any hypervisor and with none."""

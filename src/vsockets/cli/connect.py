@@ -123,7 +123,7 @@ def keep_trying(
 
 
 def cid_of_name(name: str) -> int:
-    """Return the CID of the only context with a name, in any case, as ssh has it in lower case.
+    """Return the CID of the only context called ``name``, ignoring case: ssh sends lower case.
 
     Raises CliError if none or several have it.
     """

@@ -212,7 +212,7 @@ def report_left(answer: dict[str, Any]) -> None:
 def suspend(cid: int) -> None:
     """Suspend a guest: drop its connections, and refuse new ones until it is resumed.
 
-    VMware Tools that run in it (vsock guestinfo) are told before, and after the resume.
+    The guest's VMware Tools (vsock guestinfo) are notified before, and after the resume.
     """
     with administrator() as control:
         if problem := announce_suspend(default_folder(), cid):

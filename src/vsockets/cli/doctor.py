@@ -385,7 +385,7 @@ def _is_in_container() -> bool:
 
 
 def _for_container(option: str, otherwise: str) -> str:
-    """Return ``otherwise``, in a container after the ``option`` of the container's runtime.
+    """Return ``otherwise``; in a container, precede it by ``option``, the runtime's option.
 
     A container has no devices but those that its runtime adds.
     """

@@ -185,7 +185,7 @@ class Keeper:
             os.waitpid(left.si_pid, 0)
 
     def _print_log(self, status: int, failure: str) -> None:
-        """Print vsockd's log if it is not empty, below a title; a ``failure`` even without it."""
+        """Print vsockd's log below a title, unless it is empty; print a ``failure`` always."""
         code = os.waitstatus_to_exitcode(status)
         lines = self._fabric.log.splitlines()
         how = f"signal {-code}" if code < 0 else f"status {code}"

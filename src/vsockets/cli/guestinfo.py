@@ -105,8 +105,8 @@ def serve(state: Path | None, verbose: bool, log_format: str) -> None:
 def enable(cid: int, vmx: Path | None) -> None:
     """Serve a guest's tools; no guest can enable itself.
 
-    Variables of the guest that had this CID before are removed if it had another .vmx file, or
-    none and its context was removed.  A guest whose context is removed is disabled.
+    Variables of the guest that had this CID before are removed if that guest had another .vmx file,
+    or had none and its context was removed.  A guest whose context is removed is disabled.
     """
     admit(cid, vmx)
 
@@ -192,7 +192,7 @@ def ls(cid: int | None, as_json: bool) -> None:
     help="halt, reboot, power-on, suspend or resume. The last three only run the guest's scripts.",
 )
 def send(cid: int, change: str) -> None:
-    """Ask a guest's tools to halt or reboot it, or tell them of a change of its state."""
+    """Ask a guest's tools to halt or reboot the guest, or notify them of a state change."""
     _ask("send", cid=cid, change=change)
 
 
@@ -294,7 +294,7 @@ def _make_private(path: Path) -> None:
 
 
 def _default_state(fabric: Path) -> Path:
-    """Return the path of a fabric's file: the same CID is another guest in another fabric."""
+    """Return the default path of a fabric's state file: each fabric has its own guests."""
     name = "guestinfo"
     if "VSOCKETS_DIR" in os.environ:
         name += "-" + hashlib.sha256(os.fsencode(fabric.absolute())).hexdigest()[:16]

@@ -272,7 +272,7 @@ def _connected(
 
 
 def _transport() -> str:
-    """Return the end of a message: it names the kernel's AF_VSOCK if in use, else it is empty."""
+    """Return the suffix of messages that names the kernel's AF_VSOCK; empty if it is not in use."""
     return ", the kernel's AF_VSOCK" if isinstance(own_context(), KernelContext) else ""
 
 

@@ -165,7 +165,7 @@ def path_argument(name: str, **attributes: Any) -> Decorator[Any]:
 
 
 def state_file(name: str) -> Path:
-    """Return the default path of a service's state file: one of this user."""
+    """Return the default path of a service's state file, in this user's home folder."""
     folder = os.environ.get("XDG_STATE_HOME") or home_folder() / ".local" / "state"
     return Path(folder, "vsock", name)
 

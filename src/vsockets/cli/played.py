@@ -130,7 +130,7 @@ def change_cid(cid: int, to: int) -> None:
 @played.command("fault")
 @cid_argument
 @click.option("--name", type=click.Choice(tuple(FAULTS)), required=True, help="The fault.")
-@count_option("--seed", min=0, default=0, metavar="N", help="Seed of its random choices.")
+@count_option("--seed", min=0, default=0, metavar="N", help="Seed of the fault's random choices.")
 @count_option("--times", default=1, metavar="N", help="Number of connections to strike.")
 @seconds_option("--seconds", default=0.2, help="Delay of late-ok and slow.")
 @count_option("--port", min=0, metavar="PORT", help="Port to strike. Default: all ports.")

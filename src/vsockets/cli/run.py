@@ -188,7 +188,7 @@ def environment(folder: str | Path) -> dict[str, str]:
 def context_of(
     control: Control, cid: int | None, name: str, reserved_ports: bool = False
 ) -> dict[str, Any]:
-    """Return the row of the context to run something in; create the context if it does not exist.
+    """Return the row of the context to run a program in; create the context if it does not exist.
 
     ``leased`` in the result is True if ``control`` has a lease of the context.
 

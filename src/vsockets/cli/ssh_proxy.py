@@ -36,7 +36,7 @@ CONFIGURATION = Path(__file__).with_name("ssh_config")
     help="vsock/CID, NAME.vsock (a context's name) or vsock-mux/PATH (hybrid vsock).",
 )
 @argument("port", type=read_port, required=False, metavar="[PORT]", help="Port. Default: 22.")
-@click.option("--config", is_flag=True, help="Print the configuration of ssh that calls this.")
+@click.option("--config", is_flag=True, help="Print the ssh configuration that calls this command.")
 def ssh_proxy(host: str | None, port: int | None, config: bool) -> None:
     """Connect to a guest's port for ssh, and hand the connection to it.
 

@@ -534,7 +534,7 @@ def _machine(
     network: Network,
     accel: Accelerator,
 ) -> tuple[MachineOptions, int | None]:
-    """Return the machine to run and its CID; the ``.vmx`` file has the defaults of the options."""
+    """Return the machine to run and its CID; missing options come from the ``.vmx`` file."""
     if kernel is None and (initrd is not None or append):
         raise click.UsageError("--initrd and --append need --kernel")
     boot = (kernel or "", initrd or "", append)
@@ -578,7 +578,7 @@ def _machine(
 
 
 class _VMwareTools:
-    """The tools of the guest of a ``.vmx`` file, or of a machine without one."""
+    """VMware Tools of a guest, which may have a ``.vmx`` file."""
 
     def __init__(self, vmx: Path | None) -> None:
         """Read the file.  Raises click.UsageError if a key for the tools is invalid."""
@@ -592,11 +592,11 @@ class _VMwareTools:
             guestinfo.described(vmx)
 
     def admit(self, cid: int) -> None:
-        """Have them served.  Raises CliError if the service does not run."""
+        """Have the service serve the guest's tools.  Raises CliError if it does not run."""
         guestinfo.admit(cid, self._vmx)
 
     def halt(self, cid: int) -> None:
-        """Ask them to halt the guest.  Raises RequestFailed or OSError."""
+        """Ask the tools to halt the guest.  Raises RequestFailed or OSError."""
         request(default_folder(), "send", cid=cid, change="halt")
 
 
