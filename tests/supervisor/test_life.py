@@ -47,7 +47,7 @@ def test_signals_reach_the_program(vsock: Vsock, number: signal.Signals) -> None
     assert running.finish(expect=5)[0] == b"caught\n"
 
 
-def test_the_front_ends_by_the_programs_signal(vsock: Vsock) -> None:
+def test_the_front_ends_with_the_signal_that_ended_the_program(vsock: Vsock) -> None:
     running = vsock.start("run", "sh", "-c", f"echo ready; {WAIT}")
     running.read_line()
     running.process.terminate()

@@ -1,4 +1,4 @@
-"""Supervising unmodified programs: their AF_VSOCK system calls are answered by the fabric.
+"""Supervision of unmodified programs: the fabric answers their AF_VSOCK system calls.
 
 A seccomp filter makes the kernel ask this process about the calls that concern AF_VSOCK, and about
 no others; what the program gets for a vSockets socket is an ordinary unix socket that is, or

@@ -123,8 +123,8 @@ class Call:
     def read_unchecked(self, address: int, size: int) -> bytes:
         """Return ``size`` bytes of memory, which :meth:`check` proves to be the caller's.
 
-        The caller of this method calls it, or another method that does, before the bytes have any
-        effect but an error of the call.
+        Call :meth:`check`, or another method that calls it, before the bytes have any effect other
+        than an error of the call.
 
         Raises OSError(EFAULT) if any of them are not mapped.
         """

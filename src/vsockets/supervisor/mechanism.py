@@ -62,7 +62,7 @@ def choose(wanted: str) -> Choice:
 def refusal() -> int:
     """Return the errno by which a seccomp filter refuses AF_VSOCK to this process, or 0.
 
-    Makes no socket.  ESOCKTNOSUPPORT is the answer of a supervisor of ``vsock run``.
+    No socket is created.  ESOCKTNOSUPPORT means that a supervisor of ``vsock run`` has answered.
     """
     libc.socket(AF_VSOCK, _NO_SUCH_TYPE, 0)
     code = ctypes.get_errno()

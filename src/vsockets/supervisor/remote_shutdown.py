@@ -1,4 +1,4 @@
-"""Shutting down sockets of other processes where ``pidfd_getfd(2)`` is forbidden, as in containers.
+"""Shutdown of other processes' sockets where ``pidfd_getfd(2)`` is forbidden, as in containers.
 
 The process itself makes the system calls, for a tracer.  A child process of the caller's traces
 that process for some hundred microseconds; if it does not stop in time, the child ends, and the
@@ -80,7 +80,7 @@ _TARGET = struct.Struct("=QQ")
 
 
 class _Visit:
-    """A short visit of a tracer to one process."""
+    """A tracer's short attachment to one process."""
 
     def __init__(self, pid: int) -> None:
         self._pid = pid

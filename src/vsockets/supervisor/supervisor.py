@@ -372,7 +372,7 @@ class Supervisor:
 
 
 def _in_coroutine(serve: QuickHandler) -> SocketHandler:
-    """Return a handler like those that may wait."""
+    """Return a coroutine handler that calls ``serve``, a handler that never waits."""
 
     async def served(call: Call, endpoint: Endpoint) -> Answer:
         return serve(call, endpoint)

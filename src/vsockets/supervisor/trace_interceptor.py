@@ -137,7 +137,7 @@ class Thread(StoppedThread):
 
 
 class TraceInterceptor:
-    """The interceptor that uses ptrace alone, for the supervisor's process.
+    """The interceptor that uses ptrace alone: the half in the supervisor's process.
 
     Linux allows ptrace requests only from the tracer's thread, which is the thread that created
     this object.

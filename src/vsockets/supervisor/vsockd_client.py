@@ -88,8 +88,8 @@ class VsockdClient:
         """Connect a program's socket to the control socket of its type, if vsockd has room.
 
         ``blocks`` is whether the socket is a blocking one.  Returns False while vsockd's backlog is
-        full.  Python takes a connect that SIGCONT interrupted for a success, too: then a send fails
-        with ENOTCONN.
+        full.  Python also reports success for a connect that SIGCONT has interrupted; a send then
+        fails with ENOTCONN.
 
         Raises OSError if vsockd cannot be reached.
         """
@@ -205,7 +205,7 @@ def _own_socket(type_: int) -> _socket.socket:
 
 
 class BriefBlocking:
-    """A context that limits the blocking of a call on a program's socket to one kernel tick.
+    """A context manager that limits blocking calls on a program's socket to one kernel tick.
 
     ``option`` is SO_SNDTIMEO for a connect, SO_RCVTIMEO for an accept; ``blocks`` is whether the
     socket is a blocking one.  O_NONBLOCK would not do: the program shares it, and one of its
