@@ -77,7 +77,7 @@ class AmqpProxy:
         """Do nothing: host proxies close their clients' sessions when the connection ends."""
 
     def retire(self) -> Awaitable[object]:
-        """Stop accepting, because another process does; return the end of the connections."""
+        """Stop accepting: another process does.  Return an awaitable of the connections' end."""
         self._acceptor.close()
         return asyncio.gather(*self._connections, return_exceptions=True)
 

@@ -164,7 +164,7 @@ def table_end(data: bytes) -> int:
     Raises FrameError when the table is incomplete.
     """
     if len(data) < _LONG.size:
-        raise FrameError("a table without its length")
+        raise FrameError("a table whose length is incomplete")
     end: int = _LONG.size + _LONG.unpack_from(data)[0]
     if end > len(data):
         raise FrameError("a table longer than its frame")

@@ -75,7 +75,7 @@ class ClientServer(ABC):
             await asyncio.wait(list(self._tasks))
 
     def retire(self) -> Awaitable[object]:
-        """Stop accepting, because another process does; return the end of the sessions."""
+        """Stop accepting: another process does.  Return an awaitable of the sessions' end."""
         self._acceptor.close()
         return asyncio.gather(*self._tasks, return_exceptions=True)
 

@@ -24,7 +24,7 @@ class Proxy(Protocol):
         """Stop accepting clients, and close each session with AMQP's connection.close."""
 
     def retire(self) -> Awaitable[object]:
-        """Stop accepting clients; return the end of the sessions."""
+        """Stop accepting clients; return an awaitable of the sessions' end."""
 
     def close(self) -> None:
         """Abort all sessions."""

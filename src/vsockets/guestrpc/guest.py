@@ -1,7 +1,7 @@
-"""A guest with VMware Tools: its permissions, what its tools say, and its requests.
+"""A guest with VMware Tools: its permissions, its tools' claims, and its requests.
 
-All that the tools say is the guest's claim.  It is shown as text without control characters, at
-most :data:`GUESTRPC_CLAIM_MAX_CHARACTERS` of each, and never interpreted by the host.
+What the tools report is a claim of the guest.  A claim is shown as text without control characters,
+at most :data:`GUESTRPC_CLAIM_MAX_CHARACTERS` of each, and never interpreted by the host.
 """
 
 from __future__ import annotations
@@ -108,7 +108,7 @@ class Guest:
     changed: Callable[[], object] = lambda: None  #: called when its scripts for a change have run
 
     def claim(self, name: str, value: bytes) -> None:
-        """Record what the guest says of itself."""
+        """Record a claim of the guest about itself."""
         self.claims[name] = _shown(value)
 
 
@@ -186,7 +186,7 @@ def _name(text: bytes) -> str:
 
 
 def _note(guest: Guest, word: bytes, rest: bytes) -> bool:
-    """Record what the tools say of their guest; return False for any other request."""
+    """Record a claim of the tools about their guest; return False for any other request."""
     match word:
         case b"log":
             log.info("guest %d: %s", guest.cid, _shown(rest), extra=logs.by(guest.cid))

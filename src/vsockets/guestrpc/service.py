@@ -1,8 +1,8 @@
 """The service at the hypervisor's ports: one for all guests of a fabric.
 
 A guest's tools exit when a reconnect fails once, so the ports must never be without a listener.
-:func:`run` therefore holds both listeners in a process that does nothing else, and starts the one
-that serves, again if it is killed; connections wait in the backlog meanwhile.
+:func:`run` therefore holds both listeners in a process that does nothing else, and starts another
+process that serves, again if that one is killed; connections wait in the backlog meanwhile.
 """
 
 from __future__ import annotations
@@ -125,7 +125,7 @@ class GuestService:
             await self._retire()
 
     def _retire(self) -> Awaitable[object]:
-        """Release what only one process can have open, at once; return the end of the rest.
+        """Release at once what only one process can have open; return an awaitable of the rest.
 
         The tools connect again, and wait in the listeners' backlog.
         """
@@ -279,8 +279,8 @@ class GuestService:
     async def _turn(self, guest: Guest) -> AsyncIterator[None]:
         """Handle one packet in the with block, then let the other guests have one handled each.
 
-        However many packets and connections a guest has, another one waits for one packet of it:
-        a variable is on the disk before its reply.
+        However many packets and connections a guest has, another guest waits for only one packet of
+        it, which may have to write a variable to the disk.
         """
         async with self._turns[guest.cid]:
             yield
@@ -317,7 +317,7 @@ class GuestService:
             self._announce_resume(guest, channel)
 
     def _announce_resume(self, guest: Guest, channel: CommandChannel) -> None:
-        """Tell the tools of the resume, as soon as their scripts for the suspend have ended."""
+        """Notify the tools of the resume, as soon as their scripts for the suspend have ended."""
 
         def answered(answer: bytes | CommandFailed) -> None:
             if isinstance(answer, CommandFailed) and self._channels.get(guest.cid) is channel:

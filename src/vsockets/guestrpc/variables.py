@@ -108,7 +108,7 @@ class Variables:
         self.close()
 
     def close(self) -> None:
-        """Close the file; what follows raises sqlite3.Error."""
+        """Close the file; later calls raise sqlite3.Error."""
         self._database.close()
 
     # Guests

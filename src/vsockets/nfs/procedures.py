@@ -251,7 +251,7 @@ class Procedures:
                 if not made and (found.state.atime, found.state.mtime) != tuple(
                     (seconds, 0) for seconds in times
                 ):
-                    raise OSError(errno.EEXIST, "created by another call")
+                    raise OSError(errno.EEXIST, "another call has created the file")
                 new = NewAttributes()
             elif made:
                 new = content

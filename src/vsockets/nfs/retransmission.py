@@ -110,8 +110,8 @@ _Key = tuple[tuple[Any, ...], int, int]
 class CachedReply(NamedTuple):
     """A cached reply with the key of its call: source address, xid and digest.
 
-    ``change`` is what the call was about to change, for a process that finds the call interrupted;
-    empty once it has been performed.
+    ``change`` is what the call was about to change, for a server process that finds the call
+    interrupted; empty once the call has been performed.
     """
 
     source: tuple[Any, ...]

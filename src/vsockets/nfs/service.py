@@ -107,7 +107,7 @@ class NfsService:
             tree.close()
 
     def answer(self, data: bytes, source: tuple[Any, ...]) -> bytes | Pending | None:
-        """Return the reply to ``data``, a datagram from ``source``; or the call, if it takes steps.
+        """Return the reply to ``data``, a datagram from ``source``; a Pending if it takes steps.
 
         Returns None for a malformed call, and for a retransmission of a pending one.
         """
@@ -130,7 +130,7 @@ class NfsService:
         procedure = PROCEDURES.get(call.procedure) if call.program == nfs3.PROGRAM else None
 
         def begin(folder: FileRef, name: bytes, file: FileRef | None) -> None:
-            """Record a refusal, for a process that finds this call interrupted."""
+            """Record that the call begins; its reply is a refusal if this process is killed."""
             assert procedure is not None
             results = nfs3.encode_result(procedure, Status.SERVERFAULT, None)
             refusal = rpc.encode_accepted(call.xid, AcceptStat.SUCCESS, results)

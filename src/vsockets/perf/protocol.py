@@ -114,7 +114,7 @@ def decode_count(data: bytes) -> int:
     Raises PerfProtocolError if ``data`` is not one.
     """
     if len(data) != _COUNT.size:
-        raise PerfProtocolError("the server closed the stream before its count")
+        raise PerfProtocolError("the server closed the stream before it sent its count")
     count: int = _COUNT.unpack(data)[0]
     return count
 

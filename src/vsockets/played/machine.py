@@ -116,7 +116,7 @@ class Machine:
         """Raise PlayedError unless the VMM has ``operation`` and the machine is in a state."""
         name = self.personality.name
         if operation not in self.personality.operations:
-            raise PlayedError(f"{name} has no {operation} that vSockets would notice")
+            raise PlayedError(f"{name} has no {operation} with an effect on vSockets")
         if states and self.state not in states:
             expected = " or ".join(states)
             raise PlayedError(
@@ -309,8 +309,8 @@ class Hypervisor:
     ) -> Machine:
         """Add a guest and play a machine for it, by default with an unused CID and path.
 
-        Raises OSError if the guest or the unix socket cannot be created, PlayedError if a value is
-        of no use for the VMM.
+        Raises OSError if the guest or the unix socket cannot be created, PlayedError if a value
+        does not apply to the VMM.
         """
         hybrid = personality.transport is Transport.HYBRID
         if path is not None and not hybrid:

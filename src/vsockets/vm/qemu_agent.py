@@ -187,7 +187,7 @@ class QemuAgent:
         return _result(shown, reply)
 
     def _synchronize(self) -> None:
-        """Drop what the agent has of an earlier client's request, and what it answers to that."""
+        """Discard an earlier client's unfinished request, and the agent's reply to it."""
         number = secrets.randbelow(1 << 31)
         deadline = time.monotonic() + VM_AGENT_SYNC_SECONDS
         try:
@@ -254,7 +254,7 @@ def _finished(state: Any) -> Finished:
 
 
 def _integer(reply: Any, name: str) -> int:
-    """Return a number of a reply that is not negative."""
+    """Return the non-negative number ``name`` of a reply."""
     value = _number(reply.get(name) if isinstance(reply, dict) else None, name)
     if value < 0:
         raise AgentFailed(f"the guest agent has sent {name} {value} (expected a number from 0)")

@@ -49,7 +49,7 @@ class ReadinessReports:
         report: Callable[[str], object],
         ready: Callable[[], object],
     ) -> None:
-        """Listen in the context ``host``, and accept what comes from the context ``cid`` only.
+        """Listen in the context ``host``, and accept messages from the context ``cid`` only.
 
         ``report`` gets lines for the user.  ``ready`` is called once, at ``READY=1``.
 
