@@ -267,7 +267,7 @@ class Control:
         return self._request("context.change", cid=cid, change=change)  # type: ignore[no-any-return]
 
     def _report(self, op: str) -> tuple[list[Any], Any]:
-        """Return the rows of a report that came in parts, and the answer with the last ones."""
+        """Return the rows of a report that arrives in parts, and the reply that ends it."""
         deadline = time.monotonic() + VSOCKD_REPLY_TIMEOUT_SECONDS
         while True:
             try:

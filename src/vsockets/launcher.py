@@ -19,8 +19,8 @@ _START_TIMEOUT_SECONDS = 20.0
 def start(folder: Path, on_demand: bool = True, restarts: int | None = None) -> bool:
     """Start vsockd in the background, and return when vsockd accepts requests.
 
-    ``restarts`` is how often a minute vsockd is started again when it was killed, unless that is
-    vsockd's default.  Returns False if a vsockd already runs in ``folder``.
+    ``restarts`` is how often a minute vsockd is started again after it was killed (None: vsockd's
+    default).  Returns False if a vsockd already runs in ``folder``.
 
     Raises OSError with vsockd's message if vsockd cannot start, and with ``on_demand`` also if the
     last vsockd in ``folder`` was started explicitly, by ``vsock up`` or as a service.

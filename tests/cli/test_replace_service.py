@@ -146,7 +146,7 @@ def test_process_that_cannot_replace(vsock: Vsock, tcp_echo: int, tmp_path: Path
         running.process.send_signal(signal.SIGUSR2)
         while not (line := running.error_line()).startswith("not replaced: "):
             pass
-        assert line == "not replaced: it has ended; see its messages"
+        assert line == "not replaced: the process has ended; see its messages"
         assert ask(tcp(port)) == b"question"
         file.write_text(good)
         new = replace(running)
@@ -184,7 +184,7 @@ def test_worker_that_ends_while_its_link_is_read(
     running.process.send_signal(signal.SIGUSR2)
     while not (line := running.error_line()).startswith("not replaced: "):
         pass
-    assert line == "not replaced: it has ended; see its messages"
+    assert line == "not replaced: the process has ended; see its messages"
     end(running)
 
 

@@ -53,7 +53,7 @@ def can_share_descriptors() -> bool:
 
 
 def clone_sharing_descriptors() -> int:
-    """Fork; parent and child have one table of descriptors.  Return 0 in the child, else its pid.
+    """Fork, with one table of descriptors for both; return 0 in the child, else its pid.
 
     A descriptor that either of them opens or closes is opened or closed in both, and the
     descriptors stay open until both have ended.  The memory is copied, as by fork(2).  The child

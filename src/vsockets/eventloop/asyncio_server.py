@@ -37,7 +37,7 @@ class Listener:
     def __init__(self, locator: Locator, context: ContextHandle | None = None) -> None:
         """Open the sockets, in ``context`` if ``locator`` is a vSockets address.
 
-        The sockets of a process that this one replaces are used as they are.
+        If this process replaces another one, that process's open sockets are used instead.
 
         Raises OSError if a socket cannot be bound.
         """

@@ -184,7 +184,7 @@ def _receive_listeners(sock: socket.socket) -> Iterator[HandedOver]:
 
 
 def _has_ended() -> OSError:
-    return ConnectionResetError(errno.ECONNRESET, "it has ended; see its messages")
+    return ConnectionResetError(errno.ECONNRESET, "the process has ended; see its messages")
 
 
 def _expect(sock: socket.socket, word: bytes, seconds: float = _ANSWER_SECONDS) -> None:
@@ -238,7 +238,9 @@ class _Worker:
             self.link.send(word)
 
     async def exchange(self, step: Callable[..., T], *arguments: object) -> T:
-        """Call a function below in a thread, which alone uses the link meanwhile; return its value.
+        """Call ``step``, a function of this module, in a thread; return its value.
+
+        The thread alone uses the link meanwhile.
 
         Raises OSError if the process has ended.
         """
@@ -276,9 +278,9 @@ class _Worker:
 class Replacement:
     """The replacement of this process, in a running asyncio loop.
 
-    ``retire`` stops accepting, releases what only one process can have open, and returns the end of
-    the remaining connections; without it the process cannot be replaced.  ``stop`` ends the process
-    as SIGTERM does; ``reload`` reads its configuration again.
+    ``retire`` stops accepting, releases what only one process can have open, and returns an
+    awaitable of the remaining connections' end; without it the process cannot be replaced.
+    ``stop`` ends the process as SIGTERM does; ``reload`` reads its configuration again.
     """
 
     def __init__(

@@ -52,7 +52,7 @@ class ForwardService:
 
     @property
     def is_replaceable(self) -> bool:
-        """True if another process can take the listeners over: no forward is of one connection."""
+        """True if another process can take over the listeners: none is for a single connection."""
         return not any(forward.settings.once for forward in self._forwards.values())
 
     def apply(self, wanted: Iterable[Settings]) -> None:
@@ -106,7 +106,7 @@ class ForwardService:
                     await forward.finished()
 
     def retire(self) -> Awaitable[object]:
-        """Stop accepting, because another process does; return the end of the connections."""
+        """Stop accepting: another process does.  Return an awaitable of the connections' end."""
         for source in list(self._forwards):
             forward = self._forwards.pop(source)
             forward.retire()

@@ -8,7 +8,7 @@ from pathlib import Path
 def home_folder() -> Path:
     """Return this user's home folder; a path that does not exist if the user has none.
 
-    That is so for a dynamic user of systemd, and for a user of a container who has no name.
+    A dynamic user of systemd has none, nor has a user without a name in a container.
     """
     try:
         return Path.home()

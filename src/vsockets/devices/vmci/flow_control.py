@@ -125,7 +125,7 @@ class AttachOrdering:
     """
 
     def __init__(self, loop: DeviceLoop, send: Send, latency: float) -> None:
-        """``latency``: seconds for which the guest's last reply of the handshake took."""
+        """Start to hold packets back; the guest's last handshake reply took ``latency`` seconds."""
         self._send = send
         #: held packets, equal ones once: a second WROTE tells the guest nothing new
         self._held: dict[tuple[Kind, int, int], None] | None = {}
