@@ -104,7 +104,7 @@ class Guest:
     claims: dict[str, str] = field(default_factory=dict)  #: what its tools say, by what it is
     capabilities: dict[str, str] = field(default_factory=dict)
     heard: float = 0.0  #: monotonic time of the last sign of life; 0 without one
-    is_suspended: bool = False  #: its tools have yet to be told of the resume
+    is_suspended: bool = False  #: its tools have yet to be notified of the resume
     changed: Callable[[], object] = lambda: None  #: called when its scripts for a change have run
 
     def claim(self, name: str, value: bytes) -> None:

@@ -5,8 +5,8 @@ supplies the time, in seconds of any monotonic clock.
 
 The server's duplicate request cache is Juszczak's remedy (USENIX 1989) for non-idempotent calls
 over a transport that loses replies: a retransmitted call gets the cached reply, and is not
-performed again, also by a later server process (:mod:`.reply_journal`).  Callers are told apart by
-their vSockets address, which vsockd guarantees.
+performed again, also by a later server process (:mod:`.reply_journal`).  Callers are
+distinguished by their vSockets address, which vsockd guarantees.
 """
 
 from __future__ import annotations

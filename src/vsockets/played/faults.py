@@ -17,7 +17,7 @@ FAULTS = {
     "stall": "both directions stop after some of the guest's bytes",
     "slow": "one byte at a time, `seconds` apart",
     "lost-writes": "the guest's bytes are accepted and lost",
-    "half-open": "the guest's end is closed, and the host is not told",
+    "half-open": "the guest's end is closed, and the host is not notified",
     "reused-port": "the host's end has the port of the connection before",
 }
 

@@ -346,7 +346,7 @@ def _assemble_rule(rule: Rule) -> list[bytes]:
 def _steps(condition: When) -> Iterator[tuple[int, int, bool, bool]]:
     """Yield the instructions of a condition, each with its constant and two flags.
 
-    The flags tell whether the condition holds if the comparison does, and whether the instruction
+    The flags are whether the condition holds if the comparison does, and whether the instruction
     is the last one.
     """
     low = ARGUMENTS + 8 * condition.argument

@@ -1,7 +1,7 @@
 """Interception by seccomp's user notification, ``seccomp_unotify(2)``.
 
 One descriptor, the *listener*, reports the calls of every process under the filter, and takes the
-answers.  A filter cannot tell data calls on our sockets from those on others: they are intercepted
+answers.  A filter cannot distinguish data calls on vSockets from others: they are intercepted
 by the tracer (:mod:`.tracing`), in the processes that have such sockets.
 """
 

@@ -93,7 +93,7 @@ class QueueNotifications:
     def receive(self, kind: int, can_read: bool, can_write: bool) -> None:
         """Handle a flow-control packet of the guest.
 
-        ``can_read`` tells whether the guest has data to read now, ``can_write`` whether it has room
+        ``can_read`` is whether the guest has data to read now, ``can_write`` whether it has room
         to write.
         """
         if kind == Kind.WROTE:
@@ -127,7 +127,7 @@ class AttachOrdering:
     def __init__(self, loop: DeviceLoop, send: Send, latency: float) -> None:
         """Start to hold packets back; the guest's last handshake reply took ``latency`` seconds."""
         self._send = send
-        #: held packets, equal ones once: a second WROTE tells the guest nothing new
+        #: held packets, equal ones once: a second WROTE has no further effect
         self._held: dict[tuple[Kind, int, int], None] | None = {}
         hold = max(VMCI_ATTACH_HOLD_SECONDS, VMCI_ATTACH_HOLD_REPLIES * latency)
         loop.call_later(min(hold, VMCI_ATTACH_HOLD_MAX_SECONDS), self.release)

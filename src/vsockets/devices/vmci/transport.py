@@ -83,7 +83,7 @@ def _proposed_sizes(request: ConnectRequest) -> BufferSizes:
 def _reported_size(request: ConnectRequest, size: int) -> int:
     """Return the buffer size to report to the program, in bytes.
 
-    A program that has not chosen a size is told the default, not the larger size that
+    A program that has not chosen a size gets the default, not the larger size that
     :func:`_proposed_sizes` has proposed to the guest.
     """
     return request.sizes.size if size == _proposed_sizes(request).size else size

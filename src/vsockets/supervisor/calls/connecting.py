@@ -89,7 +89,7 @@ async def connect(call: Call, endpoint: Endpoint) -> Answer:  # noqa: C901 - the
             raise failure(errno.ENODEV)
         polls = not os.get_blocking(sock.fileno())
         deadline = time.monotonic() + endpoint.connect_timeout
-        # A program that does not wait cannot be told that connecting has not begun: fail instead.
+        # A program that does not wait cannot learn that connecting has not begun: fail instead.
         seconds = 0 if polls else endpoint.connect_timeout
         while True:
             await _attach(call, endpoint, sock, seconds, not polls)
