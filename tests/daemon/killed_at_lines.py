@@ -95,11 +95,11 @@ def killed_vsockd(scratch: Path, first: int, step: int, function: str = "") -> I
             process.wait()
 
 
-def add_guest(folder: Path) -> Path:
+def add_guest(folder: Path, **settings: Any) -> Path:
     """Return the folder of a new guest without narrow limits."""
     limits = {"sockets": 100_000, "request_rate": 1_000_000, "pending_connects": 10_000}
     with Control(folder) as control:
-        return Path(control.add_context(limits=limits)["folder"])
+        return Path(control.add_context(limits=limits, **settings)["folder"])
 
 
 if __name__ == "__main__":

@@ -7,11 +7,14 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import itertools
 import os
 import select
 import socket
+import struct
 import tempfile
+import termios
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -22,6 +25,7 @@ import vsockets
 from vsockets import AF_VSOCK, Attachment
 from vsockets.control import Control
 from vsockets.protocol import RECORD_SIZE, Op, Record, Request
+from vsockets.testing import wait_until
 
 from .continuity import PATIENCE, datagram
 from .killed_at_lines import Killed, add_guest, killed_vsockd
@@ -50,6 +54,10 @@ class World:
         self.device = Device(self, Attachment(add_guest(killed.folder)))
         stack.enter_context(self.device.link)
         self._ports = itertools.count(10_000)
+        self.hybrid = killed.folder.parent / "hybrid"
+        behind = Attachment(add_guest(killed.folder, hybrid=str(self.hybrid)))
+        self.guests = stack.enter_context(vsockets.create_server((behind.cid, 6), context=behind))
+        self.guests.settimeout(PATIENCE)
 
     def port(self) -> int:
         """Return a port of the device's guest that was not used before."""
@@ -215,6 +223,27 @@ def bind_for_a_device(world: World) -> None:
         assert Record.decode(channel.recv(RECORD_SIZE)).status == 0
 
 
+COUNT = Request(Op.COUNT, 0, 0, 0, 0, 0, 0, 0, 0, 0).encode()
+
+
+def connect_from_a_kept_channel(world: World) -> None:
+    """vsockd keeps the device's channel after its first request."""
+    port = world.port()
+    with world.device.hand_over(socket.SOCK_SEQPACKET) as stream:
+        stream.send(COUNT)
+        stream.send(connect_request(port, 5001))
+        assert Record.decode(stream.recv(RECORD_SIZE)).status == 0
+        exchange_with_device(world, stream, (world.device.cid, port))
+
+
+def refuse_a_kept_channel(world: World) -> None:
+    with world.device.hand_over(socket.SOCK_SEQPACKET) as stream:
+        stream.send(COUNT)
+        stream.send(connect_request(world.port(), 5999))
+        assert Record.decode(stream.recv(RECORD_SIZE)).status == errno.ECONNRESET
+        assert stream.recv(RECORD_SIZE) == b""
+
+
 def accept_by_a_device(world: World) -> None:
     """The device refuses the first connect, and accepts the second on the same socket."""
     address = world.device.cid, world.port()
@@ -228,6 +257,29 @@ def accept_by_a_device(world: World) -> None:
         with stream:
             connected.result()
             converse(stream, client)
+
+
+def connect_to_a_hybrid_socket(world: World) -> None:
+    """The CONNECT line is read in pieces, and data follows it at once."""
+    with socket.socket(socket.AF_UNIX) as stream:
+        stream.settimeout(PATIENCE)
+        stream.connect(str(world.hybrid))
+        for piece in (b"CON", b"NECT"):
+            stream.send(piece)
+            wait_until(lambda: not unsent(stream), "vsockd to read the piece")
+        stream.send(b" 6\nearly")
+        accepted, (_, port) = world.guests.accept()
+        with accepted:
+            accepted.settimeout(PATIENCE)
+            assert stream.recv(100) == b"OK %d\n" % port
+            assert accepted.recv(100) == b"early"
+            converse(stream, accepted)
+
+
+def unsent(sock: socket.socket) -> int:
+    """Return the size of what the other end has not read (SIOCOUTQ)."""
+    (size,) = struct.unpack("i", fcntl.ioctl(sock.fileno(), termios.TIOCOUTQ, bytes(4)))
+    return int(size)
 
 
 def serve(world: World) -> None:
@@ -259,7 +311,10 @@ def send_datagrams(world: World) -> None:
         hand_off_packets_from_a_device,
         refuse_a_device,
         bind_for_a_device,
+        connect_from_a_kept_channel,
+        refuse_a_kept_channel,
         accept_by_a_device,
+        connect_to_a_hybrid_socket,
         serve,
         send_datagrams,
     ],
@@ -280,9 +335,25 @@ def test_every_message_of_a_link_is_served_once(function: str) -> None:
             refuse_a_device,
             accept_by_a_device,
         ]
-        while world.killed.kills < 15:
+        while world.killed.kills < 12:
             for operation in operations:
                 operation(world)
+
+
+@pytest.mark.parametrize("function", ["complete", "_serve", "consume"])
+def test_a_request_of_a_kept_channel_is_served_once(function: str) -> None:
+    with new_world(1, 1, function) as world:
+        while world.killed.kills < 12:
+            connect_from_a_kept_channel(world)
+            refuse_a_kept_channel(world)
+
+
+@pytest.mark.parametrize("function", ["_read_line", "continue_kept", "complete"])
+def test_a_handshake_under_way_goes_on(function: str) -> None:
+    """vsockd is killed while it reads the CONNECT line and sends the OK line."""
+    with new_world(1, 1, function) as world:
+        while world.killed.kills < 9:
+            connect_to_a_hybrid_socket(world)
 
 
 def test_a_packet_of_a_bound_client_is_not_its_request() -> None:

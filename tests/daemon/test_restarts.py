@@ -8,6 +8,7 @@ import marshal
 import os
 import random
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -195,6 +196,36 @@ def test_a_device_stays_attached(fabric: PrivateFabric, guest: Attachment) -> No
             client.settimeout(PATIENCE)
             stream.send(b"x")
             assert client.recv(1) == b"x"
+
+
+def test_hybrid_sockets_and_relays_stay(fabric: PrivateFabric) -> None:
+    with contextlib.ExitStack() as stack:
+        enter = stack.enter_context
+        path = Path(enter(tempfile.TemporaryDirectory(prefix="hybrid-", dir="/tmp")), "v.sock")
+        guest = fabric.guest(7, hybrid=path)
+        server = enter(vsockets.create_server((7, 5000), context=guest))
+        service = enter(socket.socket(socket.AF_UNIX))
+        service.bind(f"{path}_1024")
+        service.listen()
+        inward, half = (enter(socket.socket(socket.AF_UNIX)) for _ in range(2))
+        for one in (inward, half):
+            one.connect(str(path))
+        inward.send(b"CONNECT 5000\n")
+        accepted = enter(server.accept()[0])
+        assert inward.recv(100).startswith(b"OK ")
+        outward = enter(vsockets.create_connection((2, 1024), context=guest))
+        relayed = enter(service.accept()[0])
+        half.send(b"CONNE")
+        for _ in range(2):
+            kill(fabric)
+            for client, server_end in ((inward, accepted), (outward, relayed)):
+                client.send(b"data")
+                assert server_end.recv(100) == b"data"
+        half.send(b"CT 5000\nearly")
+        late = enter(server.accept()[0])
+        assert half.recv(100).startswith(b"OK ") and late.recv(100) == b"early"
+        enter(vsockets.create_connection((2, 1024), context=guest))
+        enter(service.accept()[0]).send(b"answer")
 
 
 def connects(fabric: PrivateFabric) -> int:

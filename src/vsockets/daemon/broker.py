@@ -289,8 +289,7 @@ class Broker:
     def serve_kept(self, channel: Channel, hung_up: bool = False) -> None:
         """Serve a request on a channel that is kept, or its end."""
         if self.in_flight is not None:
-            is_packet = channel.kind is _SEQPACKET
-            self.in_flight.begin(channel.sock.fileno(), channel.context.cid, is_packet)
+            channel.begin(self.in_flight)
         self.continue_kept(channel, hung_up)
 
     def continue_kept(self, channel: Channel, hung_up: bool = False) -> None:
@@ -300,6 +299,9 @@ class Broker:
             data = b"" if hung_up else channel.read()
         except BlockingIOError:
             data = None
+            if channel.has_part and self.journal is not None:
+                self.journal.channel(channel)
+                self.journal.commit(("done", channel.sock.fileno()))
         if data is not None:
             self._serve_read(channel, data)
         if self.journal is not None:

@@ -84,6 +84,8 @@ class Channel(Peer):
     in_flight: ClassVar[InFlight | None] = None
     #: whether its requests are read from its socket
     has_requests: ClassVar[bool] = True
+    #: whether a part of a request has been read
+    has_part = False
 
     def __init__(
         self, sock: _socket.socket, context: Context, kind: EndpointKind, credentials: Credentials
@@ -93,6 +95,10 @@ class Channel(Peer):
         self.kind = kind
         self.credentials = credentials
         self.party = context.party_of(credentials.uid)
+
+    def begin(self, in_flight: InFlight) -> None:
+        """Record that a request on this channel, which the journal has, is served next."""
+        in_flight.begin(self.sock.fileno(), self.context.cid, self.kind is _SEQPACKET)
 
     def read(self) -> bytes:
         """Return the next request, or no bytes at the end.

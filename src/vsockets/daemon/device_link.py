@@ -367,7 +367,7 @@ class HandoffLink:
         """Remove the message being served from the link, after its changes are in the journal."""
         in_flight, journal = self._broker.in_flight, self._broker.journal
         if in_flight is not None and journal is not None and self.is_open:
-            journal.commit(("take", self._sock.fileno()))
+            journal.commit(("done", self._sock.fileno()))
             take_message(in_flight, self._sock, self._sender)
 
     def reopen(self, fd: int) -> Channel | None:

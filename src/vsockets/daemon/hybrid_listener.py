@@ -40,7 +40,7 @@ from .channel import Channel
 from .credentials import peer_credentials
 from .device_link import HandoffLink
 from .handover import Reader, Saved, Writer
-from .in_flight import InFlight
+from .in_flight import HYBRID, InFlight, Step
 from .limits import CONTROL_BACKLOG_MAX
 
 log = logging.getLogger(__name__)
@@ -84,24 +84,50 @@ class HybridChannel(Channel):
         super().__init__(sock, host, EndpointKind.STREAM, credentials)
         self._cid = cid
         self._line = Connect()
+        self._has_read = False  # True: this vsockd has done the READ of the request being served
+
+    def begin(self, in_flight: InFlight) -> None:
+        """Record that the line, or a part of it, is read next."""
+        in_flight.begin(self.sock.fileno(), self._cid, HYBRID)
+
+    @property
+    def has_part(self) -> bool:  # type: ignore[override]
+        """True if a part of the line has been read."""
+        return self._line.port is None and bool(self._line.received)
 
     def read(self) -> bytes:
         """Return the CONNECT line as a request; no bytes when it is invalid."""
-        line, sock = self._line, self.sock
-        if line.port is not None:
+        if self._line.port is not None:
             return b""
         try:
-            # Only the line is read: what follows it is for the guest.
-            while line.port is None:
-                sock.recv(line.take(sock.recv(HYBRID_LINE_MAX_BYTES, _PEEK)), _READ)
+            port = self._read_line()
         except BlockingIOError:
             raise
         except OSError as error:
             pid = self.credentials.pid
             log.info("pid %d: %s", pid, error.strerror, extra=logs.by(self.party))
             return b""
-        wanted = self._cid, line.port
+        wanted = self._cid, port
         return Request(Op.CONNECT, 0, 0, 0, *wanted, 0, *BufferSizes()).encode()
+
+    def _read_line(self) -> int:
+        """Read the line, and nothing that follows it, which is for the guest; return its port.
+
+        Raises OSError, BlockingIOError if the line is not complete.
+        """
+        line, sock, in_flight = self._line, self.sock, self.in_flight
+        if in_flight is None:
+            while line.port is None:
+                sock.recv(line.take(sock.recv(HYBRID_LINE_MAX_BYTES, _PEEK)), _READ)
+            return line.port
+        if not in_flight.is_done(Step.READ):
+            in_flight.read(sock, line.take(sock.recv(HYBRID_LINE_MAX_BYTES, _PEEK)))
+        elif not self._has_read:  # a vsockd that was killed has read
+            line.take(in_flight.read(sock)[0])
+        self._has_read = True
+        if line.port is None:
+            raise BlockingIOError
+        return line.port
 
     def may_retry(self) -> bool:
         """Return False: the handshake has one CONNECT line."""
@@ -111,7 +137,7 @@ class HybridChannel(Channel):
         """Send the OK line for an accepted connection; a refused one is closed without a reply."""
         answer = Record.decode(record)
         if not answer.status:
-            super().send(ok_line(answer.local_port))
+            super().send(ok_line(answer.local_port), in_flight)
 
 
 class HybridListener:
@@ -169,7 +195,9 @@ class HybridListener:
 
     def _accept(self, listener: socket.socket) -> None:
         who = f"a program at {self._file.where}"
-        self._acceptor = Acceptor(self._loop, listener, who, self._admit)
+        self._acceptor = acceptor = Acceptor(self._loop, listener, who, self._admit)
+        if (in_flight := self._broker.in_flight) is not None:
+            acceptor.accept = in_flight.accepting(self._context.cid, HYBRID, acceptor.accept)
         self._context.fallback = self._find
 
     def save(self, writer: Writer) -> Saved:
@@ -193,6 +221,10 @@ class HybridListener:
         listener = socket.socket(fileno=reader.descriptors[saved["listener"]])
         listener.setblocking(False)
         self._accept(listener)
+
+    def owns(self, fd: int) -> bool:
+        """Return whether ``fd`` is a connection to this socket."""
+        return self._acceptor.owns(fd)
 
     def close(self) -> None:
         """Stop accepting connections and remove the socket."""

@@ -88,6 +88,8 @@ class Step(IntEnum):
     HAND_OVER = 5
 
 
+#: The kind of a channel with the hybrid handshake.
+HYBRID = 2
 _STEPS = len(Step)
 _CONSUME, _READ = Step.CONSUME, Step.READ
 #: The longest message of a step.
@@ -177,7 +179,8 @@ class InFlight:
     ) -> Callable[[], tuple[int, object]]:
         """Return ``accept`` preceded by :meth:`begin` for the channel that it will return.
 
-        ``cid`` is that of the channel's context, ``kind`` 1 if it is a packet socket.
+        ``cid`` is that of the channel's context, ``kind`` 1 if it is a packet socket.  With
+        ``kind`` HYBRID the channel is the handshake's, and ``cid`` the guest's.
         """
         size, mapped = self._size, self._map
         request = _Request.from_buffer_copy(self._fresh)
@@ -197,6 +200,11 @@ class InFlight:
         """
         self._map[: self._size] = self._fresh
         _CHANNEL.pack_into(self._map, _FD_AT, fd, cid, kind)
+
+    def begin_next(self) -> None:
+        """Begin with the next request on the same channel: this one has been served."""
+        for message in self.request.messages:
+            message.len = 0
 
     def commit(self, serial: int) -> None:
         """Store the number of the journal's entry for the request, which is written next."""
@@ -233,12 +241,17 @@ class InFlight:
         if _sendmmsg(sock.fileno(), argument, 1, _SEND) < 0:
             raise last_error()
 
-    def read(self, sock: _socket.socket) -> tuple[bytes, tuple[int, ...] | None]:
+    def read(
+        self, sock: _socket.socket, size: int = REQUEST_SIZE
+    ) -> tuple[bytes, tuple[int, ...] | None]:
         """Read a request once; return it, and its author's credentials if they came with it.
+
+        ``size`` is the largest number of bytes to read.
 
         Raises OSError, BlockingIOError if no request has arrived.
         """
-        message, _, _, argument, at, _ = self._calls[_READ]
+        message, _, vector, argument, at, _ = self._calls[_READ]
+        vector.len = size
         size = message.len
         if not size:
             if _recvmmsg(sock.fileno(), argument, 1, _RECEIVE, None) < 0:

@@ -20,7 +20,8 @@ from .channel import Channel, consume
 from .credentials import peer_credentials
 from .device_link import HandoffLink
 from .handover import Reader, Saved
-from .in_flight import InFlight, Step
+from .hybrid_listener import HybridChannel, HybridListener
+from .in_flight import HYBRID, InFlight, Step
 from .journal import JournalDamaged, Left, read_entries
 from .named_sockets import close_recovered, recover_names, recover_node
 
@@ -96,7 +97,7 @@ class Killed:
         request, doomed = self.in_flight.request, self.in_flight.memory.doomed
         orphans = self.orphans()
         self._link = self._find_link(request.fd) if request.serving else None
-        clients = self._find_clients(orphans)
+        clients = self._find_clients(orphans, broker)
         passed = -1  # a descriptor that was to be sent
         if self.left is not None and self.left[0] in ("answer", "connect"):
             passed = self.left[-1]
@@ -121,11 +122,18 @@ class Killed:
         for fd in accepted:
             control.admit(fd)
 
-    def _find_clients(self, orphans: list[int]) -> dict[int, socket.socket]:
+    def _find_clients(self, orphans: list[int], broker: Broker) -> dict[int, socket.socket]:
         """Return the connections of clients that may be the one of the request under way."""
+        request = self.in_flight.request
         clients = {sock.fileno(): sock for sock in control_sockets(orphans)}
-        if self._link is not None and self.left is not None and self.left[1] in orphans:
-            # The client's descriptor has come over the link.
+        if request.serving and request.kind == HYBRID:
+            guest = broker.fabric.contexts.get(request.cid)
+            listener = getattr(guest and guest.fallback, "__self__", None)
+            if isinstance(listener, HybridListener):
+                found = [fd for fd in orphans if listener.owns(fd)]
+                return {fd: socket.socket(fileno=fd) for fd in found}
+        if self.left is not None and self.left[1] in orphans and self.left[1] not in clients:
+            # It has come over a link.
             clients[self.left[1]] = socket.socket(fileno=self.left[1])
         return clients
 
@@ -133,17 +141,19 @@ class Killed:
         self, broker: Broker, control: ControlSocket, clients: dict[int, socket.socket]
     ) -> None:
         """Serve the request that was being served, or what is left of it."""
-        link = self._link
+        link, in_flight = self._link, self.in_flight
         if self.left is None and not self.is_decided:
+            if in_flight.is_done(Step.CONSUME) and not in_flight.is_done(Step.REPLY):
+                in_flight.begin_next()  # it needed no reply and changed nothing
             if link is None:
                 self._serve(broker, clients)
                 return
-            if not self.in_flight.is_done(Step.REPLY):  # else the request was refused
+            if not in_flight.is_done(Step.REPLY):  # else the request was refused
                 link.serve_message()
                 return
         elif self.left is not None and self.left[0] in ("consume", "answer"):
             self._finish_session(control)
-        elif self.left is not None:
+        elif self.left is not None and self.left[0] != "done":
             self._finish(broker, clients)
         if link is not None:
             link.take()
@@ -170,7 +180,7 @@ class Killed:
             link = self._link
             channel = self._channel(broker, sock) if link is None else link.reopen(sock.detach())
         if channel is None:
-            return  # it was closed already, or the request was a message of the link alone
+            return  # it was closed already
         try:
             self._finish_channel(broker, channel, what, rest)
         except OSError as error:
@@ -220,6 +230,8 @@ class Killed:
             consume(channel, self.in_flight.is_polling)
             if fd < 0:
                 broker.resume(channel)
+            elif not channel.may_retry():
+                broker.drop(channel)
         elif fd < 0:
             broker.serve_first(channel)
         else:
@@ -235,9 +247,12 @@ class Killed:
     def _channel(self, broker: Broker, sock: socket.socket) -> Channel:
         """Return a channel for a client whose context has accepted it."""
         request = self.in_flight.request
+        plain = _socket.socket(fileno=sock.detach())
+        if request.kind == HYBRID:
+            host = broker.fabric.contexts.host
+            return HybridChannel(plain, host, request.cid, peer_credentials(plain))
         kind = EndpointKind.SEQPACKET if request.kind else EndpointKind.STREAM
         context = broker.fabric.contexts.require(request.cid)
-        plain = _socket.socket(fileno=sock.detach())
         return Channel(plain, context, kind, peer_credentials(plain))
 
     def orphans(self) -> list[int]:

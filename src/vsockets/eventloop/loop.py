@@ -251,6 +251,18 @@ class Acceptor:
         self._loop.unwatch(self.listener.fileno())
         self.listener.close()
 
+    def owns(self, fd: int) -> bool:
+        """Return whether ``fd`` is a connection to the listener."""
+        try:
+            sock = socket.socket(fileno=fd)
+        except OSError:
+            return False
+        try:
+            is_listening = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
+            return not is_listening and sock.getsockname() == self.listener.getsockname()
+        finally:
+            sock.detach()
+
     def _watch(self) -> None:
         if self.listener.fileno() >= 0:
             self._loop.watch(self.listener.fileno(), self._ready)

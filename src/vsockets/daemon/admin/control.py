@@ -128,17 +128,7 @@ class ControlSocket:
 
     def owns(self, fd: int) -> bool:
         """Return whether ``fd`` is a connection to this socket."""
-        try:
-            sock = socket.socket(fileno=fd)
-        except OSError:
-            return False
-        try:
-            is_listening = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
-            return not is_listening and (
-                sock.getsockname() == self._acceptor.listener.getsockname()
-            )
-        finally:
-            sock.detach()
+        return self._acceptor.owns(fd)
 
     def admit(self, fd: int) -> None:
         """Serve a connection that was accepted."""
