@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import gc
 import logging
 import os
 import signal
@@ -236,6 +237,7 @@ def _serve(
         removal = SocketRemoval(file) if file is not None else None
         notify_ready()
         explain_lost_memory()
+        gc.freeze()  # objects made so far live as long as the device
         if sandbox:
             enter_sandbox(owner if user is None else user, paths=host_ports)
         log.log(logs.NOTICE, "context %d: %s", cid, ready)
