@@ -126,6 +126,11 @@ class _MeteredGuest(SimulatedGuest):
         access = messages.ACCESS.pack(MMIO_REGISTERS + register, Region.BAR1, 4)
         return int.from_bytes(self._send(Command.REGION_READ, access)[-4:], "little", signed=True)
 
+    def turn(self) -> None:
+        began = process_time()
+        super().turn()
+        self.seconds += process_time() - began
+
     def pages(self, number: int) -> list[int]:
         """Return runs of two pages, in descending order, as a busy kernel allocates them."""
         pages = super().pages(number)

@@ -49,6 +49,19 @@ class SimulatedFabric(StubFabric):
         self.world.settled(offer, error)
 
 
+#: Seconds for which the guest's processor waits for the reply to a connect.
+CONNECT_WAIT = 0.0005
+
+
+class WaitingGuest(SimulatedGuest):
+    """A guest whose processor waits for the result of a datagram while the device runs."""
+
+    def turn(self) -> None:
+        loop = cast(SimulatedLoop, self.loop)
+        if not loop.turn(Random(random.random())):
+            loop.advance(CONNECT_WAIT)
+
+
 class GuestQueue(SimulatedStream):
     """The guest's queue pair, whose packets the world sends later."""
 
@@ -105,7 +118,7 @@ class VmciWorld(World):
         self.loop = SimulatedLoop(self.sockets)
         self.fabric = SimulatedFabric(cast(Any, self.loop))
         self.fabric.world = self
-        self.guest = SimulatedGuest(cast(Any, self.loop), self.fabric)
+        self.guest = WaitingGuest(cast(Any, self.loop), self.fabric)
         self.streams: list[Stream] = []
         self.inbox: deque[Packet] = deque()  # received by the guest, and not handled
         self.outbox: deque[Packet] = deque()  # of the guest, not sent yet
@@ -125,7 +138,7 @@ class VmciWorld(World):
         return [
             (stream_module, "select", substitute),
             (stream_module, "VMCI_PUMP_ROUNDS_PER_TURN", 2),
-            (transport, "select", substitute),
+            (transport, "VMCI_CONNECT_WAIT_SECONDS", CONNECT_WAIT),
         ]
 
     def close(self) -> None:

@@ -5,10 +5,12 @@ It calls the objects of a device in this process, without a virtual machine.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
 import struct
 from collections.abc import Callable, Sequence
+from time import monotonic
 
 from vsockets.devices.byte_reports import ByteReports
 from vsockets.devices.capture import CaptureSink
@@ -51,6 +53,8 @@ class StubFabric:
         self.settled: list[tuple[int, int]] = []
         self.refused: list[socket.socket] = []  #: sockets returned to vsockd
         self.error = 0
+        self.is_slow = False  #: replies to connects are sent by :meth:`reply`
+        self.replies: list[tuple[socket.socket, bytes]] = []
         self.capture = CaptureSink(loop)
         self.byte_reports = ByteReports(loop, CID, lambda message: None)
 
@@ -61,9 +65,18 @@ class StubFabric:
         size = sizes.size if 128 <= sizes.size <= 262_144 else 65_536
         local = (CID, port)
         record = Record(self.error, 0, *local, *peer, Role.CONNECTED, 0, 0, 0, size)
-        theirs.send(record.encode())
+        self.replies.append((theirs, record.encode()))
         self.streams.append(theirs)
+        if not self.is_slow:
+            self.reply()
         return ours
+
+    def reply(self) -> None:
+        """Reply to the connects."""
+        for stream, record in self.replies:
+            with contextlib.suppress(OSError):  # the device has closed its end
+                stream.send(record)
+        self.replies.clear()
 
     def settle(self, offer: ConnectRequest, size: int = 0, error: int = 0) -> None:
         self.settled.append((size, error))
@@ -87,8 +100,18 @@ class StubFabric:
         self.capture.close()
 
 
+def turn_until(turn: Callable[[], None], reached: Callable[[], bool]) -> None:
+    """Call ``turn`` until ``reached`` is true; fail after ten seconds."""
+    end = monotonic() + 10
+    while not reached():
+        assert monotonic() < end, "the device does not finish"
+        turn()
+
+
 class SimulatedGuest:
     """One guest with its device; :meth:`probe` does what a starting driver does."""
+
+    waits = True  #: the driver polls the result of a datagram
 
     def __init__(self, loop: DeviceLoop | None = None, fabric: StubFabric | None = None) -> None:
         self.loop = loop or DeviceLoop()
@@ -138,8 +161,15 @@ class SimulatedGuest:
         header = struct.pack("<IIIIq", 1, 0, len(data) if size is None else size, 0, 0)
         if 0 <= at <= MEMORY - len(header) - len(data):
             self.memory[at : at + len(header) + len(data)] = header + data
+            self.memory[at] = 1  # busy
         self.store(Register.DATA_OUT_LOW, at)
+        if self.waits and 0 <= at <= MEMORY - len(header) - len(data):
+            turn_until(self.turn, lambda: not self.memory[at])
         return self.load(Register.RESULT_LOW)
+
+    def turn(self) -> None:
+        """Run the device's loop once."""
+        self.loop.turn()
 
     def send(self, destination: Handle, payload: bytes, source: Handle = ANONYMOUS) -> int:
         return self.send_raw(Datagram(destination, source, payload).encode())

@@ -36,6 +36,7 @@ from vsockets.devices.vmci.packets import (
 )
 from vsockets.limits import MAX_DATAGRAM
 from vsockets.model.buffers import BufferSizes
+from vsockets.protocol import Record
 from vsockets.testing import wait_until
 
 _COMMAND, _MASTER, _NO_MASTER = 4, b"\x06\x00", b"\x02\x00"
@@ -408,6 +409,7 @@ class TestStreams:
         theirs = guest.fabric.streams[0]
         guest.device.memory.unmap(0, MEMORY)
         guest.device.release_memory(0, MEMORY)
+        guest.waits = False
         stream.tell(Kind.WROTE)
         assert theirs.recv(1) == b""
 
@@ -446,6 +448,73 @@ class TestStreams:
         guest.device.reset()
         guest.probe()
         assert request(4) == Kind.NEGOTIATE2
+
+    def test_streams_go_on_while_the_fabric_connects(self, guest: SimulatedGuest) -> None:
+        """vsockd's reply is outstanding; meanwhile the driver polls its buffer."""
+        stream = guest.connect(1, 4096)
+        theirs = guest.fabric.streams[0]
+        guest.fabric.is_slow, guest.waits = True, False
+        guest.packet(Packet(Kind.REQUEST2, 2, 5000, 4096, 0, 1))
+        assert guest.memory[0] == 1  # busy
+        theirs.send(b"meanwhile")
+        guest.loop.turn()
+        assert stream.read() == b"meanwhile" and guest.memory[0] == 1
+        guest.fabric.reply()
+        turn_until(guest, lambda: not guest.memory[0])
+        assert guest.load(Register.RESULT_LOW) == 24 + 32
+        assert Kind.NEGOTIATE2 in [packet.kind for packet in guest.packets()]
+
+    def test_refusal_is_the_result_of_the_request(self, guest: SimulatedGuest) -> None:
+        guest.fabric.is_slow, guest.waits = True, False
+        guest.fabric.error = errno.EACCES
+        guest.packet(Packet(Kind.REQUEST2, 2, 5000, 4096, 0, 1))
+        guest.fabric.reply()
+        turn_until(guest, lambda: not guest.memory[0])
+        assert guest.load(Register.RESULT_LOW) == Code.NO_ACCESS
+        assert guest.packets() == [] and guest.machine.sockets.is_idle
+
+    def test_late_refusal_is_a_packet(self, guest: SimulatedGuest) -> None:
+        """The guest's processor waits for VMCI_CONNECT_WAIT_SECONDS at most."""
+        guest.fabric.is_slow = True
+        guest.fabric.error = errno.EACCES
+        assert guest.packet(Packet(Kind.REQUEST2, 2, 5000, 4096, 0, 1)) == 24 + 32
+        guest.fabric.reply()
+        guest.loop.turn()
+        assert [packet.kind for packet in guest.packets()] == [Kind.RST]
+        assert guest.machine.sockets.is_idle
+
+    @pytest.mark.parametrize("how", ["request", "hypercall", "unmap", "reset"])
+    def test_guest_that_does_not_wait_for_a_result(self, guest: SimulatedGuest, how: str) -> None:
+        guest.fabric.is_slow, guest.waits = True, False
+        guest.packet(Packet(Kind.REQUEST2, 2, 5000, 4096, 0, 1))
+        if how == "request":
+            request = Packet(Kind.REQUEST2, 3, 5000, 4096, 0, 1)
+            datagram = Datagram(Handle(2, 1), Handle(CID, 1), request.encode())
+            guest.send_raw(datagram.encode(), at=8 * PAGE)
+            assert guest.memory[0] == 0 and guest.memory[8 * PAGE] == 1
+        elif how == "hypercall":
+            datagram = Datagram(Handle(0, Hypercall.GET_CONTEXT_ID), Handle(CID, 1), b"")
+            assert guest.send_raw(datagram.encode(), at=8 * PAGE) == CID
+            assert guest.memory[0] == 0 and guest.memory[8 * PAGE] == 0
+        elif how == "unmap":
+            guest.fabric.replies[0] = (guest.fabric.streams[0], Record(errno.EACCES).encode())
+            guest.device.release_memory(MEMORY, PAGE)
+            assert guest.memory[0] == 0
+        else:
+            guest.device.reset()
+            guest.memory[0] = 1
+        guest.fabric.reply()
+        for _ in range(3):
+            guest.loop.turn()
+        if how == "hypercall":
+            assert guest.load(Register.RESULT_LOW) == CID
+        elif how == "unmap":
+            assert [packet.kind for packet in guest.packets()] == [Kind.RST]
+        elif how == "reset":
+            assert guest.memory[0] == 1 and guest.load(Register.RESULT_LOW) == 0
+        else:
+            assert guest.memory[8 * PAGE] == 0 and guest.load(Register.RESULT_LOW) == 24 + 32
+            assert [packet.kind for packet in guest.packets()] == [Kind.NEGOTIATE2] * 2
 
     def test_device_reset_closes_streams(self, guest: SimulatedGuest) -> None:
         stream = guest.connect(1234, 4096)

@@ -46,14 +46,15 @@ class DmaBuffers:
         self.reset()
 
     def reset(self) -> None:
-        """Clear the upper 32 bits of both buffers' addresses."""
+        """Clear the upper 32 bits of both buffers' addresses; forget a submitted datagram."""
         self.out_high = self.in_high = 0
+        self._submitted: memoryview | None = None
 
-    def submit(self, low: int, run: Callable[[bytes], int]) -> None:
+    def submit(self, low: int, run: Callable[[bytes], int | None]) -> None:
         """Call ``run`` with the datagram in the buffer, and store the result in the buffer.
 
         ``low`` is the lower half of the buffer's address.  If the buffer is invalid, ``run`` gets
-        empty bytes.
+        empty bytes.  If ``run`` returns None, :meth:`finish` stores the result later.
         """
         try:
             header = self._memory.view(self.out_high | low, _BUFFER.size)
@@ -66,8 +67,16 @@ class DmaBuffers:
             with contextlib.suppress(BadAddress):
                 data = bytes(self._memory.view((self.out_high | low) + _BUFFER.size, size))
         result = run(data)
-        header[_RESULT_AT:] = result.to_bytes(8, "little", signed=True)
-        header[:4].cast("I")[0] = 0  # last, and in one store: the guest polls busy
+        self._submitted = header
+        if result is not None:
+            self.finish(result)
+
+    def finish(self, result: int) -> None:
+        """Store the result of the last submitted datagram, unless it is stored."""
+        header, self._submitted = self._submitted, None
+        if header is not None:
+            header[_RESULT_AT:] = result.to_bytes(8, "little", signed=True)
+            header[:4].cast("I")[0] = 0  # last, and in one store: the guest polls busy
 
     def deliver(self, low: int, waiting: deque[bytes], on_delivered: Callable[[int], None]) -> bool:
         """Move encoded datagrams from ``waiting`` to the guest's buffer, as many as fit whole.
@@ -196,7 +205,7 @@ class BytePorts:
     reads; once the queue is empty, it pads the current read with terminators.
     """
 
-    def __init__(self, submit: Callable[[bytes], int], take: Callable[[], bytes | None]) -> None:
+    def __init__(self, submit: Callable[[bytes], object], take: Callable[[], bytes | None]) -> None:
         self._submit = submit
         self._take = take
         self.reset()
@@ -293,7 +302,8 @@ class _Registers(NamedTuple):
 class VmciDevice:
     """The VMCI device of one virtual machine.
 
-    ``perform`` is called with each datagram from the guest and returns the result for the guest.
+    ``perform`` is called with each datagram from the guest and returns the result for the guest, or
+    None if :meth:`finish` is called with the result before or later.
     ``pio_device`` selects the device with I/O ports, for drivers before Linux 5.18.  ``on_reset``
     is called when the guest restarts, ``on_unmap`` with address and size of memory that the client
     unmaps, ``on_wake`` when the guest wakes up from sleep.
@@ -301,7 +311,7 @@ class VmciDevice:
 
     def __init__(
         self,
-        perform: Callable[[Datagram], int],
+        perform: Callable[[Datagram], int | None],
         pio_device: bool = False,
         on_reset: Callable[[], None] = lambda: None,
         on_unmap: Callable[[int, int], None] = lambda address, size: None,
@@ -330,11 +340,28 @@ class VmciDevice:
         #: encoded datagrams for the guest: control packets, events, and datagrams of programs
         self._waiting: deque[bytes] = deque()
         self._waiting_bytes = 0
+        self.is_unfinished = False  #: the guest waits for the result of its last datagram
         self._dma = DmaBuffers(self.memory)
         self._ports = BytePorts(self._run, self._pop_datagram)
         self._power_on()
 
     # Called by the hypervisor
+
+    @property
+    def may_finish_later(self) -> bool:
+        """Flag: true if the guest waits for a result without a wait of the device.
+
+        A driver with DMA datagrams polls its buffer.  With byte ports the next access of the driver
+        reads the result.
+        """
+        return self._base != 0
+
+    def finish(self, result: int) -> None:
+        """Report the result of a datagram for which ``perform`` returns None."""
+        if self.is_unfinished:
+            self.is_unfinished = False
+            self._result = result
+            self._dma.finish(result)
 
     @property
     def page_size(self) -> int:
@@ -410,6 +437,7 @@ class VmciDevice:
 
     def release_memory(self, address: int, size: int) -> None:
         """Implement :class:`vsockets.devices.vfio_user.Device`."""
+        self.finish(Code.SUCCESS)  # the buffer may be in this memory
         self._on_unmap(address, size)
 
     # Registers
@@ -420,6 +448,7 @@ class VmciDevice:
         self._cause = self._mask = 0
         self._interrupting = False
         self._result = 0
+        self.is_unfinished = False
         self._dma.reset()
         self._ports.reset()
         self._waiting.clear()
@@ -512,10 +541,16 @@ class VmciDevice:
 
     # Datagrams
 
-    def _run(self, data: bytes) -> int:
+    def _run(self, data: bytes) -> int | None:
+        # A guest that does not wait, as all drivers do, gets no result of the earlier datagram.
+        self.finish(Code.SUCCESS)
         datagram = Datagram.decode(data)
-        self._result = Code.INVALID_ARGS if datagram is None else self._perform(datagram)
-        return self._result
+        self.is_unfinished = True
+        result = Code.INVALID_ARGS if datagram is None else self._perform(datagram)
+        if result is not None:
+            self.is_unfinished = False
+            self._result = result
+        return result
 
     def _deliver_dma(self, low: int, posted: bool) -> None:
         if not posted:

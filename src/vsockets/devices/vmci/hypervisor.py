@@ -43,10 +43,11 @@ _MOST_QUERIED = 31
 class Sockets(Protocol):
     """Interface of the guest's vSockets, which the hypervisor calls."""
 
-    def receive(self, peer: int, packet: Packet) -> int:
+    def receive(self, peer: int, packet: Packet) -> int | None:
         """Handle a control packet from the guest to the context ``peer``.
 
-        Return the result for the guest: a number of bytes, or a negative :class:`.Code`.
+        Return the result for the guest, a number of bytes or a negative :class:`.Code`; or None if
+        :meth:`.VmciDevice.finish` is called with the result.
         """
 
     def send_datagram(self, port: int, destination: tuple[int, int], payload: bytes) -> int:
@@ -90,10 +91,11 @@ class Hypervisor:
             Hypercall.QUEUEPAIR_DETACH: self._detach,
         }
 
-    def perform(self, datagram: Datagram) -> int:
+    def perform(self, datagram: Datagram) -> int | None:
         """Perform the hypercall, or deliver the datagram, that the guest has sent.
 
-        Return the result for the guest; negative results are errors (:class:`.Code`).
+        Return the result for the guest; negative results are errors (:class:`.Code`).  Return None
+        if :meth:`.VmciDevice.finish` is called with the result.
         """
         destination, source, payload = datagram
         if destination.context == VMADDR_CID_HYPERVISOR:
@@ -111,10 +113,8 @@ class Hypervisor:
                 return Code.INVALID_ARGS
             if self.device.backpressured:
                 return Code.NO_RESOURCES
-            result = self.sockets.receive(destination.context, packet)
-        else:
-            result = self.sockets.send_datagram(source.resource, destination, payload)
-        return result
+            return self.sockets.receive(destination.context, packet)
+        return self.sockets.send_datagram(source.resource, destination, payload)
 
     @property
     def is_idle(self) -> bool:

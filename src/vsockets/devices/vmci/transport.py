@@ -108,6 +108,8 @@ class VmciTransport:
         self._capture = fabric.capture
         self._connections: dict[_Key, _Connection] = {}
         self._pending: set[_Connection] = set()  # those without a stream
+        self._awaited: _Connection | None = None  # the guest waits for the result of its request
+        self._reply_timer: Timer | None = None
         self._by_handle: dict[Handle, _Connection] = {}
         self._expected_sizes: dict[Handle, int] = {}  # of queue pairs to attach to
         self._resources = count(1)
@@ -123,7 +125,7 @@ class VmciTransport:
 
     # From the guest
 
-    def receive(self, peer: int, packet: Packet) -> int:
+    def receive(self, peer: int, packet: Packet) -> int | None:
         """Implement :class:`.hypervisor.Sockets`."""
         key = packet.source_port, peer, packet.destination_port
         if self._capture.recorders:
@@ -187,7 +189,7 @@ class VmciTransport:
 
     # Streams from the guest
 
-    def _accept(self, key: _Key, packet: Packet) -> int:
+    def _accept(self, key: _Key, packet: Packet) -> int | None:
         handshake = Accepting(packet, self._find)
         port, *peer = key
         if not handshake.possible or len(self._pending) >= VMCI_PENDING_STREAMS_MAX:
@@ -200,20 +202,36 @@ class VmciTransport:
             return self._refuse(key, failure.errno or errno.EIO)
         connection = _Connection(key, sock)
         connection.handshake = handshake
+        self._register(connection)
         # Most replies arrive at once, and then the guest's connect() gets the actual error.
+        if self._reply_timer is not None:  # the guest has not waited for its last request
+            self._reply_timer.cancel()
+        self._awaited = connection
+        if self._hypervisor.device.may_finish_later:
+            # Other streams of the guest go on meanwhile.
+            self._loop.watch(sock.fileno(), lambda events: self._on_reply(connection))
+            self._reply_timer = self._loop.call_later(
+                VMCI_CONNECT_WAIT_SECONDS, lambda: self._finish(connection, _DONE)
+            )
+            return None
         poll = select.poll()
         poll.register(sock, select.POLLIN)
         if poll.poll(1000 * VMCI_CONNECT_WAIT_SECONDS):
-            size, error = self._read_reply(sock)
-            if error:
-                sock.close()
-                return self._refuse(key, error)
-            self._register(connection)
-            self._apply(connection, handshake.accepted(size))
+            self._on_reply(connection)
         else:
-            self._register(connection)
+            self._finish(connection, _DONE)
             self._loop.watch(sock.fileno(), lambda events: self._on_reply(connection))
-        return _DONE
+        return None
+
+    def _finish(self, connection: _Connection, result: int) -> None:
+        """Report the result of the guest's request, unless it was reported."""
+        if self._awaited is not connection:
+            return
+        self._awaited = None
+        if self._reply_timer is not None:
+            self._reply_timer.cancel()
+            self._reply_timer = None
+        self._hypervisor.device.finish(result)
 
     def _refuse(self, key: _Key, error: int) -> int:
         if error in (errno.ECONNRESET, errno.EINVAL, errno.EADDRINUSE):
@@ -222,13 +240,17 @@ class VmciTransport:
         return _CODES.get(error, Code.UNAVAILABLE)
 
     def _on_reply(self, connection: _Connection) -> None:
-        """Continue a handshake when vsockd replies after VMCI_CONNECT_WAIT_SECONDS."""
+        """Continue a handshake when vsockd has replied."""
         self._loop.unwatch(connection.sock.fileno())
         assert isinstance(connection.handshake, Accepting)
         size, error = self._read_reply(connection.sock)
-        if error:
+        if error and self._awaited is connection and self._hypervisor.device.is_unfinished:
+            self._fail(connection, error)
+            self._finish(connection, self._refuse(connection.key, error))
+        elif error:  # the guest does not wait any longer
             self._apply(connection, connection.handshake.refused(error))
         else:
+            self._finish(connection, _DONE)
             self._apply(connection, connection.handshake.accepted(size))
 
     @staticmethod
