@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+import tempfile
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -167,6 +168,24 @@ def _device_benchmarks(rounds: int) -> dict[str, Benchmark]:
     }
 
 
+def _playing(rounds: int) -> Benchmark:
+    def run(tick: Tick) -> dict[str, Series]:
+        with (
+            tempfile.TemporaryDirectory(prefix="vsock-", dir="/tmp") as folder,
+            PrivateFabric(log_level="warning") as fabric,
+        ):
+            machine = fabric.played("firecracker")
+            guest = fabric.guest(hybrid=f"{folder}/v")
+            contestants = {
+                "played": lambda: connects.hybrid(machine.socket, machine.context, 500, 1),
+                "hybrid": lambda: connects.hybrid(f"{folder}/v", guest, 500, 1),
+                "vsock": lambda: connects.vsock(guest, fabric.host, 500, 1),
+            }
+            return take_turns(contestants, "/s", rounds, tick)
+
+    return run
+
+
 def _fabric_benchmarks(rounds: int) -> dict[str, Benchmark]:
     def stream(measure: Callable[..., float], count: int, unit: str) -> Benchmark:
         def run(tick: Tick) -> dict[str, Series]:
@@ -242,6 +261,7 @@ def _fabric_benchmarks(rounds: int) -> dict[str, Benchmark]:
         "datagrams, 64 B": datagram,
         "connects, 1 client": connecting(1, 3000),
         "connects, 4 clients": connecting(4, 2000),
+        "connects to a played Firecracker, 1 client": _playing(rounds),
         "processor time a connect, 4 clients": connects_cost,
         "suspend until the last end is interrupted": dropping,
         "vsockd's time a connect, contexts": growing(

@@ -47,6 +47,24 @@ def vsock(
         return rate(server, client, connects, clients)
 
 
+def hybrid(path: str, guest: vsockets.Attachment, connects: int, clients: int) -> float:
+    """From the host to a service of a guest, by CONNECT at the unix socket ``path``."""
+    with vsockets.create_server(
+        (VMADDR_CID_ANY, VMADDR_PORT_ANY), backlog=128, context=guest
+    ) as server:
+        line = b"CONNECT %d\n" % server.getsockname()[1]
+
+        def client() -> None:
+            for _ in range(connects):
+                with socket.socket(socket.AF_UNIX) as sock:
+                    sock.connect(path)
+                    sock.sendall(line)
+                    while sock.recv(64):
+                        pass
+
+        return rate(server, client, connects, clients)
+
+
 def bare(connects: int, clients: int) -> float:
     """Return the rate of connects through :mod:`.bare_broker`."""
     with (

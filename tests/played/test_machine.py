@@ -376,6 +376,20 @@ def test_clones_are_all_made_or_none(fabric: PrivateFabric, tmp_path: Path) -> N
     assert [clone.cid for clone in machine.clone(3)] == free
 
 
+def test_guests_of_two_fabrics_may_have_the_same_cid(fabric: PrivateFabric) -> None:
+    with PrivateFabric() as other:
+        machines = [one.played("firecracker", 400) for one in (fabric, other)]
+        for machine in machines:
+            with serve(machine, 60) as server:
+                host = machine.connect(60)
+                guest, _ = server.accept()
+                assert guest.getsockname()[0] == 400
+                guest.sendall(machine.socket.encode())
+                assert take(host, len(machine.socket)) == machine.socket.encode()
+                host.close()
+                guest.close()
+
+
 def test_one_process_decides_a_guests_connects(fabric: PrivateFabric, tmp_path: Path) -> None:
     played = fabric.played("firecracker").cid
     hybrid = fabric.guest(hybrid=tmp_path / "v").cid
