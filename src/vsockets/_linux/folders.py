@@ -207,8 +207,9 @@ def remove_stale(name: str, folder: int | None = None) -> None:
 def _require_answering(path: Path, folder: int, before: str) -> str:
     """Require that ``folder`` is not in another user's file system in user space.
 
-    Returns the id of the mount that ``folder`` is in, as text.  The check is skipped if that is
-    ``before``, the id of a mount already checked.  Nothing here sends a request to the file system.
+    Returns the id of the mount that ``folder`` is in, as text.  The check is skipped if the mount
+    is ``before``, the id of a mount already checked.  Nothing here sends a request to the file
+    system.
 
     Raises PermissionError if ``folder`` is in such a file system.
     """

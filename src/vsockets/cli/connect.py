@@ -63,7 +63,7 @@ def own_context() -> ContextHandle:
 
 
 def lasting_context(needed: bool = True) -> ContextHandle:
-    """Return :func:`own_context` for a program that runs for long.
+    """Return :func:`own_context` for a program that runs for a long time.
 
     If vsockd is ``needed`` and may be started, it is started now.  The program does not start it
     again later, because it does not know with which configuration.

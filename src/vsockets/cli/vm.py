@@ -498,7 +498,7 @@ def _copy_in(source: Path, guest: str, path: str, port: int) -> None:
 
 
 def _in_guest(text: str) -> tuple[str, str] | None:
-    """Return guest and path of GUEST:PATH; None for a file here."""
+    """Return guest and path of GUEST:PATH; None for a local file."""
     guest, colon, path = text.partition(":")
     return (guest, path) if colon and guest and path and "/" not in guest else None
 

@@ -144,7 +144,7 @@ class Broker:
         self._unannounced.retry_later()
 
     def restore_channel(self, reader: Reader, channel: Channel, saved: Saved) -> None:
-        """Serve a channel with what the previous vsockd has saved."""
+        """Serve a channel with the state that the previous vsockd has saved."""
         if saved["listener"] is not None:
             listener = restore_listener(reader, channel, saved["listener"])
             if listener.has_held:
@@ -155,7 +155,7 @@ class Broker:
             self._keep(channel)
 
     def keep_journal(self, journal: Journal) -> None:
-        """Record in ``journal`` what changes from now on, before clients get replies."""
+        """Record in ``journal`` all changes from now on, before clients get replies."""
         self.journal = journal
         self.streams.keep_journal(journal)
         self.datagrams.keep_journal(journal)
@@ -287,13 +287,13 @@ class Broker:
             self.drop(channel)
 
     def serve_kept(self, channel: Channel, hung_up: bool = False) -> None:
-        """Serve a request on a channel that is kept, or its end."""
+        """Serve a request on a channel that is kept, or handle the channel's end."""
         if self.in_flight is not None:
             channel.begin(self.in_flight)
         self.continue_kept(channel, hung_up)
 
     def continue_kept(self, channel: Channel, hung_up: bool = False) -> None:
-        """Serve a request as :meth:`serve_kept`, which a vsockd that was killed may have read."""
+        """Serve, as :meth:`serve_kept` does, a request that a killed vsockd may have read."""
         try:
             # A client that has closed its connection may have left very many requests unread.
             data = b"" if hung_up else channel.read()

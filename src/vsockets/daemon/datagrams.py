@@ -379,7 +379,7 @@ class Datagrams:
             self._sweep_later()
 
     def keep_journal(self, journal: Journal) -> None:
-        """Record in ``journal`` what changes from now on."""
+        """Record in ``journal`` all changes from now on."""
         self._journal = journal
 
     def _before_close(self, closed: DatagramSocket | Route) -> None:

@@ -1,9 +1,9 @@
 """The process that starts vsockd again when it is killed or has crashed.
 
 The holder starts vsockd as a child that shares its table of descriptors, so they stay open when the
-child is killed, at no cost: nothing has to be sent or copied for each socket.  It also shares the
-memory with the request under way (:mod:`.in_flight`), and so the journal (:mod:`.journal`).  From
-these the next child restores everything.
+child is killed, at no cost: nothing has to be sent or copied for each socket.  Holder and child
+also share the memory that has the request under way (:mod:`.in_flight`) and the descriptor of the
+journal (:mod:`.journal`).  From both the next child restores the state.
 
 The holder does nothing else: it waits, passes signals on, and reports to the service manager.  When
 it ends, however it ends, vsockd ends.  After a replacement (:mod:`.succession`) the successor has a

@@ -77,7 +77,7 @@ class _Message(ctypes.Structure):
 
 
 class Step(IntEnum):
-    """A system call that the outside sees."""
+    """A system call whose effect other processes see."""
 
     REPLY = 0
     CONSUME = 1
@@ -207,7 +207,7 @@ class InFlight:
             message.len = 0
 
     def commit(self, serial: int) -> None:
-        """Store the number of the journal's entry for the request, which is written next."""
+        """Store the number of the request's journal entry, which is written next."""
         _SERIAL.pack_into(self._map, _COMMITTED_AT, serial)
 
     def end(self) -> None:

@@ -229,7 +229,7 @@ class Vsockd:
         return Path(f"/proc/self/fd/{self._place}")
 
     def _restore_early(self, part: Saved) -> None:
-        """Restore a part of the predecessor's state, which serves on."""
+        """Restore a part of the state of the predecessor, which goes on serving."""
         restore_early(self._reader, part, self.broker)
         if part["is_last"] and self._in_flight is not None:
             self._journal = self._new_journal(self._in_flight)
@@ -429,7 +429,7 @@ class Vsockd:
         self._replacing.append(failed)
 
     def _save(self) -> Iterator[Part]:
-        """Yield the parts of the state."""
+        """Yield the parts of vsockd's state, for a successor."""
         writer = Writer(self.fabric)
         for part in save_early(writer, self.broker):
             yield Part(part, writer.take_descriptors(), False)

@@ -51,7 +51,7 @@ def require_path(source: Context, destination: Context, connecting: bool) -> Non
 
 
 def _require_neighbours(source: Context, destination: Context) -> None:
-    """Raise Denied unless one guest is the other's parent, or ESX 4.0 to 5.0 would let them.
+    """Raise Denied unless one guest is the other's parent, or ESX 4.0 to 5.0 would allow it.
 
     "A virtual machine could communicate with [...] other virtual machines with vmci0.unrestricted
     set TRUE", "only with [...] other virtual machines in the same domain".

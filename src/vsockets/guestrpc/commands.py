@@ -44,8 +44,8 @@ class _Command:
 class CommandChannel:
     """The commands of one connection of a guest's tools.
 
-    ``send`` gets the bytes to send.  ``ready`` is called when the tools obey commands, if they are
-    the daemon's.
+    ``send`` gets the bytes to send.  ``ready`` is called when the tools obey commands, and only if
+    they are the tools' daemon.
     """
 
     def __init__(self, send: Callable[[bytes], object], ready: Callable[[], object]) -> None:

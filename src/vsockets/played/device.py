@@ -241,7 +241,7 @@ class Device:
         return self._listener is not None
 
     def stop(self) -> None:
-        """End what the VMM's process does; connections are left to the caller."""
+        """End the tasks of the VMM's process; the caller ends the connections."""
         for task in list(self._tasks):
             task.cancel()
         if self._listener is not None:

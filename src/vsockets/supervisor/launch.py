@@ -398,7 +398,7 @@ def follow_program(channel: socket.socket, group: int, keeper: Keeper | None = N
 
 
 def _follow(channel: socket.socket, group: int, kind: bytes, status: int) -> None:
-    """Handle a report of the supervisor: end as the program, stop, or leave the program's group."""
+    """Handle a report of the supervisor: end or stop as the program has, or leave its group."""
     if kind == ENDED:
         _end_like(status)
     elif kind == STOPPED:

@@ -56,8 +56,8 @@ class PrivateFabric:
 
     Any number of fabrics can run at the same time.  ``folder`` is the state folder; the default is
     a new temporary one with a short path, which is removed at the end.  vsockd is configured by the
-    files in ``configuration``, which is empty at first.  vsockd is not started again when it is
-    killed, unless ``restarts`` allows that so many times a minute; then nothing is lost.
+    files in ``configuration``, which is empty at first.  With ``restarts``, vsockd is started again
+    after it was killed, so many times a minute, and nothing is lost.
     """
 
     folder: Path  #: the state folder

@@ -162,8 +162,8 @@ class PlayedMachine:
     def restore(self, snapshot: int | None = None, *, asleep: float = 0.0) -> None:
         """Replace the hypervisor's process by one that loads a snapshot, by default the last.
 
-        The guest's programs go on where they are; their connections are hit as the hypervisor's
-        version does it.  ``asleep`` is the time since the snapshot in seconds: if the hypervisor
+        The guest's programs go on where they are; their connections are affected as by that version
+        of the hypervisor.  ``asleep`` is the time since the snapshot in seconds: if the hypervisor
         does not advance the guest's clock, :meth:`time` is ahead of it by that much.
         """
         self._request("POST", "/restore", snapshot=snapshot, asleep=asleep)
@@ -197,7 +197,7 @@ class PlayedMachine:
     def replace(self) -> None:
         """End the machine and start another one with the same CID and unix socket.
 
-        It has no program and no snapshot yet.
+        The new machine has no program and no snapshot yet.
         """
         self._end_programs()
         self._request("POST", "/replace")

@@ -221,7 +221,7 @@ class RunningMachine:
             raise MachineFailed(f"QEMU: {output or 'ended without a message'}") from None
 
     async def _supervise(self, device: Process, qemu: Process) -> None:
-        """Wait until QEMU ends, or a device that is not replaced.
+        """Wait until QEMU has ended, or a device has ended that is not replaced.
 
         Raises MachineFailed unless the guest has powered off.
         """

@@ -168,7 +168,7 @@ def find_firmware() -> str:
 
 
 def _output(*command: str) -> str:
-    """Return a program's output, followed by the signal if one killed it."""
+    """Return a program's output, followed by the signal that killed the program, if any."""
     try:
         done = subprocess.run(
             command,
