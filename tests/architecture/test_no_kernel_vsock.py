@@ -33,7 +33,7 @@ def test_this_process_cannot_make_one(kind: int) -> None:
     assert refusal.value.errno == errno.ENOSYS
 
 
-def test_no_thread_can() -> None:
+def test_no_thread_can_create_a_socket() -> None:
     errors: list[int | None] = []
 
     def attempt() -> None:
@@ -48,7 +48,7 @@ def test_no_thread_can() -> None:
     assert errors == [errno.ENOSYS]
 
 
-def test_no_child_can() -> None:
+def test_no_child_can_create_a_socket() -> None:
     child = subprocess.run(
         [sys.executable, "-c", ATTEMPT], capture_output=True, text=True, check=True
     )

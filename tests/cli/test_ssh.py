@@ -101,7 +101,7 @@ def test_by_cid_and_by_name(ssh: Ssh, vsock: Vsock, tmp_path: Path) -> None:
     assert (tmp_path / "third").read_bytes() == (tmp_path / "file").read_bytes()
 
 
-def test_by_hybrid_vsock(ssh: Ssh, vsock: Vsock) -> None:
+def test_ssh_over_hybrid_vsock(ssh: Ssh, vsock: Vsock) -> None:
     path = vsock.folder / "mux"
     vsock("context", "add", "76", "--hybrid", path, "--reserved-ports")
     ssh.serve(76)

@@ -79,7 +79,7 @@ def test_contexts_streams_and_denials(vsock: Vsock, fabric: PrivateFabric) -> No
         view.finish()
 
 
-def test_for_programs(vsock: Vsock, fabric: PrivateFabric) -> None:
+def test_json_has_rates(vsock: Vsock, fabric: PrivateFabric) -> None:
     guest = fabric.guest()
     with vsockets.create_server((2, 5001), context=fabric.host) as server:
         running = vsock.start("top", "--json", "--interval", 0.1)

@@ -137,7 +137,7 @@ class TestArguments:
         assert qemu[qemu.index("-m") + 1] == "2048M"
         assert any('"driver": "raw"' in word and str(disk) in word for word in qemu)
 
-    def test_of_a_vmware_machine(self, vsock: Vsock, tmp_path: Path) -> None:
+    def test_arguments_for_a_vmware_machine(self, vsock: Vsock, tmp_path: Path) -> None:
         vmx = tmp_path / "a.vmx"
         vmx.write_text(
             'virtualHW.version = "8"\nmemSize = "64"\nnumvcpus = "3"\nvmci0.id = "77"\n'
@@ -156,7 +156,7 @@ class TestArguments:
         assert "e1000,netdev=net0" in done.stdout
         assert done.stderr == ""
 
-    def test_for_libvirt(self, vsock: Vsock) -> None:
+    def test_arguments_for_libvirt(self, vsock: Vsock) -> None:
         done = vsock("vm", "args", "--socket", "/run/vm5", "--device", "virtio", "--libvirt")
         assert done.stdout.startswith("<domain")
         assert done.stderr == (

@@ -40,12 +40,14 @@ both_types = pytest.mark.parametrize("sock_type", SOCKET_TYPES)
 
 @pytest.mark.parametrize("request_", [bind_datagram(5000), route(2, 5000)])
 class TestDatagramRequests:
-    def test_without_a_descriptor(self, shared_fabric: PrivateFabric, request_: Request) -> None:
+    def test_a_missing_descriptor_is_rejected(
+        self, shared_fabric: PrivateFabric, request_: Request
+    ) -> None:
         with enter(shared_fabric.host, SEQPACKET) as sock:
             sock.send(request_.encode())
             assert has_ended(sock)
 
-    def test_with_a_pipe(self, shared_fabric: PrivateFabric, request_: Request) -> None:
+    def test_a_pipe_is_rejected(self, shared_fabric: PrivateFabric, request_: Request) -> None:
         reader, writer = os.pipe()
         with enter(shared_fabric.host, SEQPACKET) as sock:
             send_with(sock, request_.encode(), [writer])
@@ -55,7 +57,7 @@ class TestDatagramRequests:
         os.close(reader)
 
     @pytest.mark.parametrize("kind", [STREAM, SEQPACKET])
-    def test_with_a_connected_socket(
+    def test_a_connected_socket_is_rejected(
         self, shared_fabric: PrivateFabric, request_: Request, kind: int
     ) -> None:
         mine, theirs = socket.socketpair(socket.AF_UNIX, kind)
@@ -67,7 +69,9 @@ class TestDatagramRequests:
         assert mine.recv(1) == b""
         mine.close()
 
-    def test_with_an_internet_socket(self, shared_fabric: PrivateFabric, request_: Request) -> None:
+    def test_an_internet_socket_is_rejected(
+        self, shared_fabric: PrivateFabric, request_: Request
+    ) -> None:
         with (
             socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as udp,
             enter(shared_fabric.host, SEQPACKET) as sock,
@@ -75,14 +79,16 @@ class TestDatagramRequests:
             send_with(sock, request_.encode(), [udp.fileno()])
             assert has_ended(sock)
 
-    def test_with_a_folder(self, shared_fabric: PrivateFabric, request_: Request) -> None:
+    def test_a_folder_is_rejected(self, shared_fabric: PrivateFabric, request_: Request) -> None:
         folder = os.open("/", os.O_PATH)
         with enter(shared_fabric.host, SEQPACKET) as sock:
             send_with(sock, request_.encode(), [folder])
             assert has_ended(sock)
         os.close(folder)
 
-    def test_with_a_bound_socket(self, shared_fabric: PrivateFabric, request_: Request) -> None:
+    def test_a_bound_socket_is_refused(
+        self, shared_fabric: PrivateFabric, request_: Request
+    ) -> None:
         with (
             socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as taken,
             socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as receiver,
@@ -93,7 +99,7 @@ class TestDatagramRequests:
             send_with(sock, request_._replace(local_port=5001).encode(), [taken.fileno()])
             assert Record.decode(sock.recv(RECORD_SIZE)).status == errno.EINVAL
 
-    def test_with_several_descriptors(
+    def test_all_descriptors_but_the_first_are_ignored(
         self, shared_fabric: PrivateFabric, request_: Request
     ) -> None:
         reader, writer = os.pipe()

@@ -126,7 +126,7 @@ class TestRoutes:
                 most = before + number + 1 + self.LIMIT
                 wait_until(lambda: descriptors(vsock_fabric.pid) <= most, f"{most} descriptors")  # noqa: B023
 
-    def test_of_a_user_of_the_host(
+    def test_routes_of_a_user_of_the_host_are_limited(
         self, vsock_fabric: PrivateFabric, receivers: list[vsockets.socket]
     ) -> None:
         (vsock_fabric.configuration / "limits.toml").write_text("[host.limits]\nsockets = 20\n")

@@ -75,14 +75,18 @@ class TestGrantToAnExecutable:
         grant(fabric, f'user = {NOBODY}\nexecutable = "{client}"')
         return client
 
-    def test_by_its_path(self, fabric: PrivateFabric, client: Path) -> None:
+    def test_the_program_at_the_path_is_trusted(self, fabric: PrivateFabric, client: Path) -> None:
         assert is_trusted(ask_by_program(client, fabric, TRUSTED_BY_9))
 
-    def test_by_another_user(self, fabric: PrivateFabric, client: Path) -> None:
+    def test_the_program_of_another_user_is_not_trusted(
+        self, fabric: PrivateFabric, client: Path
+    ) -> None:
         grant(fabric, f'user = {NOBODY - 1}\nexecutable = "{client}"')
         assert not is_trusted(ask_by_program(client, fabric, TRUSTED_BY_9))
 
-    def test_by_another_name(self, fabric: PrivateFabric, client: Path) -> None:
+    def test_the_program_by_another_name_is_trusted(
+        self, fabric: PrivateFabric, client: Path
+    ) -> None:
         link = client.with_name("link")
         link.hardlink_to(client)
         assert is_trusted(ask_by_program(link, fabric, TRUSTED_BY_9))

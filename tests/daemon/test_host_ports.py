@@ -180,7 +180,7 @@ def test_other_requests_with_a_stream_are_refused(
     wait_until(lambda: not fabric.control.sockets(), "it to be forgotten", PATIENCE)
 
 
-def test_not_a_stream(fabric: PrivateFabric, link: Link) -> None:
+def test_a_descriptor_of_no_stream_leaves_the_link_open(fabric: PrivateFabric, link: Link) -> None:
     request = Request(Op.CONNECT, 0, VMADDR_CID_ANY, VMADDR_PORT_ANY, 2, 5009).encode()
     reader, writer = os.pipe()
     socket.send_fds(link.sock, [request], [reader])

@@ -198,7 +198,7 @@ class TestToTheGuest:
         assert expected > 50
         wait_until(lambda: not fabric.control.sockets(), "all to be forgotten", PATIENCE)
 
-    def test_where_a_device_decides(
+    def test_a_device_decides_about_the_connect(
         self, fabric: PrivateFabric, guest: Attachment, path: Path
     ) -> None:
         link = fabric.control.attach_device(7)

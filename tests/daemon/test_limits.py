@@ -276,7 +276,7 @@ class TestDatagramBytes:
                     way.send(b"again")
                 assert receiver.recvfrom(10) == (b"again", (3, 6000))
 
-    def test_of_a_socket_that_has_been_closed(
+    def test_unread_bytes_of_a_closed_socket_count(
         self, vsock_fabric: PrivateFabric, guest: Attachment, receivers: list[vsockets.socket]
     ) -> None:
         """Unread bytes count, also after their sender was closed."""

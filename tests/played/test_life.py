@@ -224,7 +224,7 @@ def test_a_pause_without_a_snapshot_leaves_the_guest_deaf(fabric: PrivateFabric)
         ("cloud-hypervisor", True),
     ],
 )
-def test_where_ports_of_host_ends_go_on(
+def test_ports_of_host_ends_after_a_restore(
     fabric: PrivateFabric, hypervisor: str, again: bool
 ) -> None:
     machine = fabric.played(hypervisor)

@@ -208,7 +208,7 @@ class TestBesideThePlayedOne:
             assert line == b"OK 6100\n"
             assert port < 1 << 30
 
-    def test_no_listener_ends_it(self, machine: HybridMachine) -> None:
+    def test_missing_listener_ends_the_stream(self, machine: HybridMachine) -> None:
         with self.ask(machine, b"CONNECT 6199\n") as sock:
             assert sock.recv(1) == b""
 

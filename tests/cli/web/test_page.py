@@ -247,7 +247,7 @@ def test_vsock_web_ends(web: Running, browser: Browser) -> None:
     browser.wait_for_text("#trouble", "vsock web does not reply")
 
 
-def test_without_a_link(web: Running, browser: Browser) -> None:
+def test_page_without_a_session_is_closed(web: Running, browser: Browser) -> None:
     browser.driver.delete_all_cookies()
     browser.driver.get(browser.driver.current_url)
     browser.wait_for_text("h1", "This page is closed")
