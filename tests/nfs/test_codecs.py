@@ -88,6 +88,23 @@ def test_replies() -> None:
             rpc.decode_reply(rpc.encode_rejected(7, why))
 
 
+def test_data_is_not_copied_from_its_datagram() -> None:
+    """READ's data in a reply, and WRITE's in a call, are views of what was received."""
+    procedures = nfs3.PROCEDURES
+    number = nfs3.NUMBERS["read"]
+    results = nfs3.encode_result(procedures[number], nfs3.Status.OK, (None, 5, True, b"hello"))
+    reply = rpc.encode_accepted(7, rpc.AcceptStat.SUCCESS, results)
+    _, (*_, data) = nfs3.decode_result(procedures[number], rpc.decode_reply(reply))
+    assert bytes(data) == b"hello" and memoryview(data).obj is reply
+    number = nfs3.NUMBERS["write"]
+    arguments = procedures[number].arguments.pack((b"file", 0, 5, 0, b"hello"))
+    header = CallHeader(7, 2, nfs3.PROGRAM, nfs3.VERSION, number, Auth(1, b""), rpc.NO_AUTH)
+    call = rpc.encode_call(header, arguments)
+    handle, *_, data = procedures[number].arguments.unpack(rpc.decode_call(call)[1])
+    assert bytes(data) == b"hello" and memoryview(data).obj is call
+    assert isinstance(handle, bytes)  # a key of dictionaries
+
+
 def test_handles_cannot_be_forged() -> None:
     signer = Signer(bytes(32))
     handle = signer.sign(Identifier(1, 2, -3, 4))
