@@ -11,7 +11,10 @@ import pytest
 
 import vsockets
 from vsockets import AF_VSOCK, Attachment
-from vsockets.testing import PrivateFabric
+from vsockets.protocol import RECORD_SIZE, Record
+from vsockets.testing import PrivateFabric, wait_until
+
+from .test_device_link import Device
 
 PATIENCE = 10.0
 
@@ -67,6 +70,43 @@ def check_streams_listeners_and_ports(
         assert client.recv(1) == b""
     assert fabric.control.sockets() == []
     vsockets.create_server((2, 5000), context=fabric.host).close()
+
+
+def check_byte_counts(fabric: PrivateFabric, change: Callable[[], object]) -> None:
+    """Check that ``change`` leaves reported bytes, of a stream, and of a guest's devices."""
+    guest = fabric.guest()
+    server = vsockets.create_server((2, 5000), context=fabric.host)
+    former = Device(fabric, guest)
+    former.count(None, 10, 20)
+    wait_until(lambda: _moved(fabric, guest) == (10, 20), "the first device's report")
+    former.link.close()
+    wait_until(lambda: former.is_detached(fabric), "the device to be detached")
+    device = Device(fabric, guest)
+    with server, device.link, device.connect(700, 2, 5000) as stream:
+        assert Record.decode(stream.recv(RECORD_SIZE)).status == 0
+        accepted = server.accept()[0]
+        device.count((700, 2, 5000), 3, 4)
+        device.count(None, 5, 6)
+        wait_until(lambda: _moved(fabric, guest) == (15, 26), "the reports")
+        for number in range(2):
+            before = _bytes(fabric)
+            assert len(before) == 2
+            change()
+            assert _bytes(fabric) == before
+            assert _moved(fabric, guest) == (15 + number, 26)
+            device.count(None, 6 + number, 6)
+            wait_until(lambda: _moved(fabric, guest)[0] == 16 + number, "another report")  # noqa: B023
+        accepted.close()
+
+
+def _bytes(fabric: PrivateFabric) -> list[tuple[int, int]]:
+    rows = fabric.control.sockets()
+    return [(one["bytes_sent"], one["bytes_received"]) for one in rows if one["peer"]]
+
+
+def _moved(fabric: PrivateFabric, guest: Attachment) -> tuple[int, int]:
+    (row,) = [one for one in fabric.control.counts()["contexts"] if one["cid"] == guest.cid]
+    return row["bytes_sent"], row["bytes_received"]
 
 
 def check_datagram_sockets_and_routes(fabric: PrivateFabric, change: Callable[[], object]) -> None:

@@ -81,6 +81,14 @@ class Device:
         socket.send_fds(self.link, [request.encode()], [(given_back or stream).fileno()])
         stream.close()
 
+    def count(self, stream: tuple[int, int, int] | None, sent: int, received: int) -> None:
+        """Report bytes of a stream, by its port and peer, or of all the guest's streams."""
+        port, cid, peer = stream or (VMADDR_PORT_ANY, 0, 0)
+        self.link.send(Request(Op.COUNT, 0, 0, port, cid, peer, 0, sent, received).encode())
+
+    def is_detached(self, fabric: PrivateFabric) -> bool:
+        return _attaches(fabric, self.cid)
+
     def told(self) -> tuple[int, tuple[int, int], int]:
         """Return the reported buffer: the guest's port, the peer, and the size."""
         while True:

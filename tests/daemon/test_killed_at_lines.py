@@ -56,7 +56,9 @@ class World:
         self._ports = itertools.count(10_000)
         self.hybrid = killed.folder.parent / "hybrid"
         behind = Attachment(add_guest(killed.folder, hybrid=str(self.hybrid)))
-        self.guests = stack.enter_context(vsockets.create_server((behind.cid, 6), context=behind))
+        self.guests = stack.enter_context(
+            vsockets.create_server((behind.cid, 6000), context=behind)
+        )
         self.guests.settimeout(PATIENCE)
 
     def port(self) -> int:
@@ -267,7 +269,7 @@ def connect_to_a_hybrid_socket(world: World) -> None:
         for piece in (b"CON", b"NECT"):
             stream.send(piece)
             wait_until(lambda: not unsent(stream), "vsockd to read the piece")
-        stream.send(b" 6\nearly")
+        stream.send(b" 6000\nearly")
         accepted, (_, port) = world.guests.accept()
         with accepted:
             accepted.settimeout(PATIENCE)

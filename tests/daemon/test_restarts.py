@@ -29,6 +29,7 @@ from vsockets.testing import FabricFailed, PrivateFabric, wait_until
 
 from .continuity import (
     PATIENCE,
+    check_byte_counts,
     check_datagram_sockets_and_routes,
     check_streams_listeners_and_ports,
     datagram,
@@ -71,6 +72,10 @@ def test_streams_listeners_and_ports_stay(fabric: PrivateFabric) -> None:
 
 def test_datagram_sockets_and_their_routes_stay(fabric: PrivateFabric) -> None:
     check_datagram_sockets_and_routes(fabric, lambda: kill(fabric))
+
+
+def test_byte_counts_stay(fabric: PrivateFabric) -> None:
+    check_byte_counts(fabric, lambda: kill(fabric))
 
 
 def test_streams_that_ended_before_have_ended(fabric: PrivateFabric, guest: Attachment) -> None:

@@ -757,7 +757,10 @@ class Broker:
         return False
 
     def _count(self, channel: Channel, request: Request) -> bool:
-        self.queries.count(channel, request, monotonic())
+        stream = self.queries.count(channel, request, monotonic())
+        if stream is not None and self.journal is not None:
+            self.journal.moved(stream)
+            self.journal.commit()
         consume(channel, request.polling)
         return True
 

@@ -408,6 +408,8 @@ class HandoffLink:
         with contextlib.suppress(Refused):  # the connection has ended
             stream = self._broker.fabric.find_connection(local, peer)
             report_bytes(stream, moved if stream.local == local else moved.reversed(), now)
+            if self._broker.journal is not None:
+                self._broker.journal.moved(stream)
 
     def _count_all(self, moved: Moved, now: float) -> None:
         """Ignore the report: a relay's streams are not all streams of the host."""
@@ -494,6 +496,7 @@ class DeviceLink(HandoffLink):
             "credentials": (*self._credentials,),
             "seqpacket": device.seqpacket,
             "host_ports": None if ports is None else sorted(ports.reported),
+            "before": (*self._before,),
             "datagrams": (
                 writer.receiver(datagrams) if isinstance(datagrams, DatagramSocket) else None
             ),
@@ -502,6 +505,7 @@ class DeviceLink(HandoffLink):
     def restore(self, reader: Reader, saved: Saved) -> None:
         """Restore the state that the previous vsockd has saved."""
         super().restore(reader, saved)
+        self._before = Moved(*saved.get("before", (0, 0)))  # a predecessor may not report it
         if saved["datagrams"] is not None:
             self.set_datagrams(reader.receivers[saved["datagrams"]])
 
@@ -560,6 +564,8 @@ class DeviceLink(HandoffLink):
         if self._context.meter is None:
             self._context.meter = ByteMeter()
         self._context.meter.report(self._before.plus(*moved), now)
+        if self._broker.journal is not None:
+            self._broker.journal.moved_by(self._context)
 
     def set_datagrams(self, datagrams: DeviceDatagrams) -> None:
         """Set the socket that receives datagrams to the guest's ports."""

@@ -35,6 +35,7 @@ from ..fabric import (
     Trust,
 )
 from ..model.buffers import BufferSizes
+from ..model.rates import ByteMeter
 
 #: A saved object: plain values.
 Saved = dict[str, Any]
@@ -232,6 +233,7 @@ def save_context(context: Context) -> Saved:
         "hybrid": context.hybrid,
         "counts": save_counts(context.counts),
         "following": [context.connected.following, context.datagrams.following],
+        "moved": None if context.meter is None else (*context.meter.total,),
     }
 
 
@@ -253,6 +255,12 @@ def restore_context(fabric: Fabric, saved: Saved) -> None:
     context.hybrid = saved["hybrid"]
     restore_counts(context.counts, saved["counts"])
     context.connected.following, context.datagrams.following = saved["following"]
+    context.meter = restore_meter(saved.get("moved"))  # a predecessor may not report it
+
+
+def restore_meter(moved: tuple[float, float] | None) -> ByteMeter | None:
+    """Return the meter of bytes that were reported before, if any were."""
+    return None if moved is None else ByteMeter(*moved)
 
 
 def save_counts(counts: Counts) -> Saved:

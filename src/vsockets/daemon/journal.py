@@ -299,6 +299,16 @@ class Journal:
         self.row("listeners", context.cid, listeners)
         self.row("values", 0, self._fabric.contexts.following)
 
+    def moved(self, stream: Connection) -> None:
+        """Record the bytes that were reported of a stream in the next entry."""
+        if stream.meter is not None:
+            self.row("moved", stream.number, (*stream.meter.total,))
+
+    def moved_by(self, context: Context) -> None:
+        """Record the bytes that a context's device has reported in the next entry."""
+        if context.meter is not None:
+            self.row("context_moved", context.cid, (*context.meter.total,))
+
     def refused(self, context: Context) -> None:
         """Record in the next entry the counts of a context whose request is refused."""
         self._refused[context.cid] = context

@@ -307,6 +307,7 @@ class _Tables:
             "links": state["links"],
             **{name: state["datagrams"][name] for name in _DATAGRAM_TABLES},
             "connections": self._connections,
+            "moved": self._streams["moved"],
             "pending": self._connections,
             "contexts": self._contexts,
             "listeners": self._listeners,
@@ -328,6 +329,10 @@ class _Tables:
                 if number in self._contexts:
                     counts = self._contexts[number]["counts"]
                     counts["refusals"], counts["denials"] = row
+                continue
+            if table == "context_moved":
+                if number in self._contexts:
+                    self._contexts[number]["moved"] = row
                 continue
             if row is not None and table in ("connections", "pending"):
                 self._count(row, table == "connections")

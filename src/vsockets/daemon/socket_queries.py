@@ -53,10 +53,11 @@ class SocketQueries:
             if isinstance(found, Connection):
                 _report_size(found.peer_context, found.peer, found.local, request.size)
 
-    def count(self, channel: Channel, request: Request, now: float) -> None:
+    def count(self, channel: Channel, request: Request, now: float) -> Connection | None:
         """Store the number of bytes that a program, such as a forwarder, has moved in a stream.
 
         Only programs of the user who owns that end of the stream, and root's, may report them.
+        Returns the stream, if its bytes were stored.
         """
         stream, moved = self._accepted(channel, request), moved_in(request)
         if stream is not None:
@@ -64,10 +65,12 @@ class SocketQueries:
         else:
             found = channel.context.cookies.get(request.cookie)
             if not isinstance(found, Connection):
-                return
+                return None
             stream, owner = found, found.owner
-        if channel.credentials.uid in (0, owner.uid):
-            report_bytes(stream, moved, now)
+        if channel.credentials.uid not in (0, owner.uid):
+            return None
+        report_bytes(stream, moved, now)
+        return stream
 
     def local_cid(self, channel: Channel, request: Request) -> bytes:
         """Return the record of the context's CID, of the CID to report instead, and of trust."""

@@ -34,7 +34,7 @@ from .._linux.sockets import cookie_of
 from ..eventloop.loop import EventLoop
 from ..fabric import Connection, Fabric
 from .channel import Channel
-from .handover import Reader, Saved, Writer, restore_connections, save_connections
+from .handover import Reader, Saved, Writer, restore_connections, restore_meter, save_connections
 from .journal import Journal
 from .limits import (
     DISCONNECT_AT_ONCE_SECONDS,
@@ -358,6 +358,9 @@ class Streams:
             "connections": save_connections(writer, others),
             "ended": list(early - connections.keys()),
             "remaining": save_connections(writer, self._disconnector.remaining),
+            "moved": {
+                number: (*one.meter.total,) for number, one in connections.items() if one.meter
+            },
         }
 
     def restore_groups(self, reader: Reader, saved: dict[int, Saved]) -> None:
@@ -379,6 +382,9 @@ class Streams:
         self._liveness.restore(reader, saved["liveness"])
         self.restore_connections(reader, saved["connections"])
         self._to_disconnect = restore_connections(reader, saved["remaining"])
+        for number, moved in saved.get("moved", {}).items():
+            if (stream := self._fabric.connections.get(number)) is not None:
+                stream.meter = restore_meter(moved)
 
     def keep_journal(self, journal: Journal) -> None:
         """Record in ``journal`` which streams have ended before descriptors are reused."""

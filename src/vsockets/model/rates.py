@@ -61,8 +61,9 @@ class ByteMeter:
 
     __slots__ = ("_at", "_rates", "total")
 
-    def __init__(self) -> None:
-        self.total = Moved(0, 0)
+    def __init__(self, sent: float = 0, received: float = 0) -> None:
+        """Start with the totals that were reported before."""
+        self.total = Moved(sent, received)
         self._rates = Moved(0.0, 0.0)
         self._at: float | None = None
 
