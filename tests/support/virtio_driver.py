@@ -67,7 +67,7 @@ class DriverRing:
         self.used = memory.allocate(6 + 8 * size)
         self._available = memory.view[self.available :][: 6 + 2 * size].cast("H")
         self._used = memory.view[self.used :][: 6 + 8 * size].cast("H")
-        self._elements = memory.view[self.used + 4 :][: 8 * size].cast("Q")
+        self.elements = memory.view[self.used + 4 :][: 8 * size].cast("Q")
         self._free = list(range(size))
         self._chains: dict[int, list[int]] = {}
         self._tables: list[int] | None = None
@@ -158,7 +158,7 @@ class DriverRing:
         used = []
         end = self._used[1]
         while self.taken != end:
-            element = self._elements[self.taken % self.size]
+            element = self.elements[self.taken % self.size]
             head = element & 0xFFFF_FFFF
             used.append((head, element >> 32))
             self._free += self._chains.pop(head)

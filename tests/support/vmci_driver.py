@@ -261,7 +261,7 @@ class SimulatedStream:
         start, second = pages[0] * PAGE, pages[half] * PAGE
         self._ours = guest.memory[start : start + 24].cast("Q")
         self._theirs = guest.memory[second : second + 24].cast("Q")
-        self._produce = guest.memory[start + PAGE : start + PAGE + size]
+        self.produce = guest.memory[start + PAGE : start + PAGE + size]
         self._consume = guest.memory[second + PAGE : second + PAGE + size]
 
     def set_indices(self, tail: int, head: int) -> None:
@@ -276,8 +276,8 @@ class SimulatedStream:
         tail, head = self._ours[1], self._theirs[2]
         count = min(len(data), (head - tail - 1) % self.size)
         first = min(count, self.size - tail)
-        self._produce[tail : tail + first] = data[:first]
-        self._produce[: count - first] = data[first:count]
+        self.produce[tail : tail + first] = data[:first]
+        self.produce[: count - first] = data[first:count]
         self._ours[1] = (tail + count) % self.size
         if count and (self._ours[1] - self._theirs[2]) % self.size == count:
             self.tell(Kind.WROTE)

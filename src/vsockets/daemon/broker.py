@@ -206,17 +206,15 @@ class Broker:
                 self._await_request(channel)
                 data = None
         is_kept = data is None
-        if data and self._serve(channel, data):
+        if data and (is_kept := self._serve(channel, data)):
             self._keep(channel)
-            is_kept = True
         if link is not None:
             link.take()  # before the last close of its descriptor, which may block
-        if is_kept:
-            pass
-        elif channel.endpoint is None:
-            channel.close()
-        else:
-            self.drop(channel)
+        if not is_kept:
+            if channel.endpoint is None:
+                channel.close()
+            else:
+                self.drop(channel)
         if self.journal is not None:
             self.journal.end_request()
 
@@ -454,14 +452,8 @@ class Broker:
             source = own.address
         if operation in (Op.CONNECT, Op.ROUTE, Op.CAPTURE):
             destination = request.peer_cid, request.peer_port
-        self._audit.record(
-            channel.context,
-            channel,
-            denied,
-            OPERATIONS[operation],
-            source,
-            destination,
-        )
+        name = OPERATIONS[operation]
+        self._audit.record(channel.context, channel, denied, name, source, destination)
 
     def _reply(self, channel: Channel, request: Request, record: bytes) -> None:
         """Send a reply, then consume the request."""
@@ -784,11 +776,8 @@ class Broker:
             if refused.errno != errno.EADDRINUSE:
                 raise
         # The port seems to be held: probe whether its holder's socket is still open.
-        ports = (
-            channel.context.datagrams
-            if kind is EndpointKind.DATAGRAM
-            else channel.context.connected
-        )
+        context = channel.context
+        ports = context.datagrams if kind is EndpointKind.DATAGRAM else context.connected
         holder = ports.get(request.local_port)
         if isinstance(holder, Connection):
             if self._limit_checks.may_probe(channel.party):

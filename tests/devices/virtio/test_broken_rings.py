@@ -284,7 +284,7 @@ def test_buffer_is_read_once() -> None:
     assert (head, room) == (0, 100 - HEADER_SIZE)
     assert header is not None and len(header) >= HEADER_SIZE and len(parts[0]) == room
     bench.ring.push_all([(head, 60)])
-    assert bench.ring.publish() and bench.driver._elements[0] == 60 << 32
+    assert bench.ring.publish() and bench.driver.elements[0] == 60 << 32
 
 
 @pytest.mark.parametrize("index", [SIZE + 1, 0x8000, 0xFFFF])

@@ -417,7 +417,7 @@ class TestStreams:
         """The device has looked at no byte of the queue before."""
         stream = guest.connect(1234, 4096)
         tail = stream.size - 6
-        stream._produce[:tail] = data = os.urandom(tail)
+        stream.produce[:tail] = data = os.urandom(tail)
         stream.set_indices(tail, 0)
         theirs = guest.fabric.streams[0]
         guest.device.memory.unmap(0, MEMORY)
