@@ -222,7 +222,7 @@ def older(path: Path) -> Path:
 
 
 def _is_journal() -> bool:
-    """Return whether standard error is the journal: whether JOURNAL_STREAM has its inode."""
+    """Return whether standard error is the journal: JOURNAL_STREAM then has the file's inode."""
     try:
         found = os.fstat(sys.stderr.fileno())
     except (OSError, ValueError):

@@ -201,7 +201,7 @@ def _predecessor(
 
 
 def _successor(arguments: argparse.Namespace) -> list[str]:
-    """Return the command that starts a successor, to be completed by a descriptor's number."""
+    """Return the command that starts a successor; the caller appends a descriptor's number."""
     command = [sys.executable, "-P", "-m", "vsockets.daemon"]
     command += ["--dir", str(arguments.dir.absolute()), "--log-format", arguments.log_format]
     command += ["--log-level", arguments.log_level, "--restarts", str(arguments.restarts)]

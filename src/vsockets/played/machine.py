@@ -113,7 +113,7 @@ class Machine:
         }
 
     def require(self, operation: str, *states: str) -> None:
-        """Raise PlayedError unless the VMM has ``operation`` and the machine is in a state."""
+        """Raise PlayedError unless the VMM has ``operation`` and the state is one of ``states``."""
         name = self.personality.name
         if operation not in self.personality.operations:
             raise PlayedError(f"{name} has no {operation} with an effect on vSockets")
