@@ -1,4 +1,4 @@
-"""What it costs two processes that another process watches their stream for its end.
+"""Cost, to two processes, of a third process that watches their stream for its end.
 
     python -m bench.watching [--rounds N]
 
