@@ -51,6 +51,9 @@ def test_in_go(tmp_path: Path) -> None:
 def test_in_rust(tmp_path: Path) -> None:
     if shutil.which("rustc") is None or shutil.which("cc") is None:
         pytest.skip("rustc or cc is missing: apt install rustc gcc")
+    version = subprocess.run(["rustc", "--version"], capture_output=True, text=True, check=False)
+    if version.returncode != 0:
+        pytest.skip(f"rustc does not run for this user: {version.stderr.partition(chr(10))[0]}")
     (tmp_path / "first_test.rs").write_text(printed("kata.md", "rust"))
     run(tmp_path, "rustc", "--edition", "2021", "-D", "warnings", "--test", "first_test.rs")
     done = run(tmp_path, "vsock", "fabric", "--as", "kata", "--", "./first_test")

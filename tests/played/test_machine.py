@@ -353,6 +353,7 @@ def test_a_machine_without_a_place_for_its_socket_has_ended(fabric: PrivateFabri
 def test_a_path_of_a_machine_with_another_cid_now(fabric: PrivateFabric) -> None:
     machine = fabric.played("kata", 300)
     machine.change_cid(301)
+    assert machine.log[-1] == "machine 301 (kata): was machine 300"
     again = fabric.played("kata", 300)
     assert again.socket != machine.socket
     for one in (machine, again):
@@ -374,6 +375,7 @@ def test_clones_are_all_made_or_none(fabric: PrivateFabric, tmp_path: Path) -> N
     assert {context["cid"] for context in fabric.control.contexts()} == used
     shutil.rmtree(folder)
     assert [clone.cid for clone in machine.clone(3)] == free
+    assert machine.log[-1].endswith(f"cloned: machines {', '.join(map(str, free))}")
 
 
 def test_guests_of_two_fabrics_may_have_the_same_cid(fabric: PrivateFabric) -> None:

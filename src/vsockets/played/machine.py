@@ -58,7 +58,7 @@ class Machine:
         self.state = "running"
         self._control = control
         self._write = log
-        self.faults = Faults(self._log)
+        self.faults = Faults(self.note)
         self._snapshots: dict[int, Snapshot] = {}
         self._paused_after = 0  # the number of snapshots before the pause
         self._generations = generations
@@ -83,7 +83,8 @@ class Machine:
                 self.device.close()
                 raise
 
-    def _log(self, line: str) -> None:
+    def note(self, line: str) -> None:
+        """Write a line about the machine to the log."""
         self._write(f"machine {self.cid} ({self.personality.name}): {line}")
 
     def describe(self) -> dict[str, Any]:
@@ -149,7 +150,7 @@ class Machine:
         self._set("running")
         if self.personality.deaf_after_pause and len(self._snapshots) == self._paused_after:
             self.device.hears.clear()
-            self._log("no byte of the host reaches the guest any longer")
+            self.note("no byte of the host reaches the guest any longer")
         self.device.running.set()
 
     def snapshot(self) -> int:
@@ -165,7 +166,7 @@ class Machine:
         if device is not None and effect is not Effect.KEPT:
             for connection in list(device.connections):
                 connection.reset_guest(effect)
-        self._log(f"snapshot {number}: connections of the source: {effect.value}")
+        self.note(f"snapshot {number}: connections of the source: {effect.value}")
         return number
 
     def restore(self, number: int | None = None, asleep: float = 0.0) -> None:
@@ -188,10 +189,10 @@ class Machine:
             raise PlayedError(f"machine {self.cid} has no snapshot {number}")
         self._restart(self._snapshots[number])
         effect = self.personality.restore
-        self._log(f"restored from snapshot {number}: the guest's connections: {effect.value}")
+        self.note(f"restored from snapshot {number}: the guest's connections: {effect.value}")
         if asleep and not self.personality.advances_clock:
             self.asleep += asleep
-            self._log(f"the guest's clock is {self.asleep:g} s behind")
+            self.note(f"the guest's clock is {self.asleep:g} s behind")
         self.begin_generation()
 
     def begin_generation(self) -> None:
@@ -240,7 +241,7 @@ class Machine:
         self.faults.armed.clear()
         self._start_again()
         self.state = "running"
-        self._log("replaced by another machine with the same CID")
+        self.note("replaced by another machine with the same CID")
 
     def _start_again(self) -> None:
         device = self.device
@@ -275,7 +276,7 @@ class Machine:
 
     def _set(self, state: str) -> None:
         self.state = state
-        self._log(state)
+        self.note(state)
 
 
 class Hypervisor:
@@ -371,6 +372,7 @@ class Hypervisor:
             for clone in clones:
                 self.remove(clone.cid)
             raise
+        source.note(f"cloned: machines {', '.join(str(clone.cid) for clone in clones)}")
         return clones
 
     def change_cid(self, cid: int, new: int) -> Machine:
@@ -389,6 +391,7 @@ class Hypervisor:
         except BaseException:
             self._control.remove_context(changed)
             raise
+        self.machines[changed].note(f"was machine {cid}")
         return self.machines[changed]
 
     def _machine(self, personality: Personality, cid: int, path: Path | None) -> Machine:
