@@ -53,7 +53,7 @@ test-replace: .venv/ready
 	PYTHONPATH=tests $(BIN)/pytest -p replacing tests/library --deselect tests/library/test_full_backlog.py \
 		--deselect tests/library/test_datagram.py::test_more_peers_than_cached_routes
 
-# Requests of each kind while vsockd is killed at every line of its code in turn; five minutes.
+# Requests of each kind while vsockd is killed at every line of its code in turn; ten minutes.
 test-every-line: .venv/ready
 	VSOCKETS_TEST_KILLS=300 $(BIN)/pytest tests/daemon/test_killed_at_lines.py --timeout 600
 

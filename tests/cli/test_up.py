@@ -71,6 +71,16 @@ def test_foreground(alone: Vsock) -> None:
     running.finish()
 
 
+def test_a_replacement_keeps_the_number_of_restarts(alone: Vsock) -> None:
+    alone("up", "--replace", "--restarts", 0)  # it starts vsockd
+    pid = alone.json("status")["pid"]
+    alone.fail(("up --replace --restarts 5", 2, "a replacement keeps its number"))
+    assert alone.json("status")["pid"] == pid
+    alone("up", "--replace")
+    status = alone.json("status")
+    assert status["pid"] != pid and status["holder"] is None
+
+
 def test_a_killed_vsockd_is_started_again(alone: Vsock) -> None:
     """In the background, too, where its standard descriptors have been replaced."""
     alone("up", "--restarts", 5)

@@ -38,7 +38,7 @@ from .output import Column, print_json, print_table
     type=click.IntRange(min=0),
     metavar="N",
     help="How often a minute vsockd is started again, with all that it had, when it was killed or "
-    f"has crashed; 0: never.  Default: {DAEMON_RESTARTS_DEFAULT}.  Applies when vsockd is started; "
+    f"has crashed; 0: never.  Default: {DAEMON_RESTARTS_DEFAULT}.  Applies when vsockd is started: "
     "a replacement keeps the number.",
 )
 def up(
@@ -56,6 +56,11 @@ def up(
     started = launcher.start(folder, on_demand=False, restarts=restarts)
     with administrator(start=True) as control:
         pid = control.status()["pid"]
+        if replace and not started and restarts is not None:
+            raise click.UsageError(
+                f"--restarts: vsockd already runs in {folder}, and a replacement keeps its number "
+                "(omit --restarts, or stop vsockd first: vsock down)"
+            )
         if replace and not started:
             print(f"vsockd in {folder} was replaced (pid {pid}, now {control.replace()})")
             return
