@@ -479,7 +479,7 @@ def test_a_successor_that_fails_changes_nothing(fabric: PrivateFabric, guest: At
     with vsockets.create_server((2, 5000), context=fabric.host):
         before = fabric.control.status()["pid"]
         broken.write_text("nonsense = 1\n")
-        with pytest.raises(OSError, match="vsockd was not replaced: it has ended"):
+        with pytest.raises(OSError, match="vsockd was not replaced: the process has ended"):
             fabric.control.replace()
         assert fabric.control.status()["pid"] == before
         vsockets.create_connection((2, 5000), context=guest).close()
