@@ -106,7 +106,7 @@ test-examples: .venv/ready
 test-systemd: .venv/ready
 	$(BIN)/pytest tests/environments/with_systemd.py --durations=10
 
-# systemd, VMware Tools, cloud-init, ssh and qemu-ga in emulated guests, Debian 13 and 12: five minutes.
+# systemd, VMware Tools, cloud-init, ssh and qemu-ga in emulated guests, Debian 13 and 12: six minutes.
 test-guest: .venv/ready
 	$(BIN)/pytest tests/environments/with_systemd_guest.py --durations=10
 
