@@ -138,6 +138,7 @@ class VmciWorld(World):
         return [
             (stream_module, "select", substitute),
             (stream_module, "VMCI_PUMP_ROUNDS_PER_TURN", 2),
+            (transport, "select", substitute),
             (transport, "VMCI_CONNECT_WAIT_SECONDS", CONNECT_WAIT),
         ]
 

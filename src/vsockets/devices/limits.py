@@ -166,6 +166,10 @@ VMCI_REMINDER_SECONDS = 0.005
 #: later replies are sent asynchronously.
 VMCI_CONNECT_WAIT_SECONDS = 0.005
 
+#: The part of that time for which the device serves nothing else, in seconds. Device and guest's
+#: processor sleep; afterwards the latter polls. vsockd replies in a tenth of a millisecond.
+VMCI_CONNECT_STOP_SECONDS = 0.001
+
 #: Streams of a guest whose handshake is pending.
 VMCI_PENDING_STREAMS_MAX = 1024
 

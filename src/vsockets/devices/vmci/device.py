@@ -66,8 +66,8 @@ class DmaBuffers:
         if operation == _INLINE and HEADER.size <= size <= LARGEST:
             with contextlib.suppress(BadAddress):
                 data = bytes(self._memory.view((self.out_high | low) + _BUFFER.size, size))
-        result = run(data)
         self._submitted = header
+        result = run(data)
         if result is not None:
             self.finish(result)
 
@@ -506,6 +506,7 @@ class VmciDevice:
 
     def _store(self, register: int, value: int, posted: bool) -> None:
         if register == Register.DATA_OUT_LOW:
+            self.finish(Code.SUCCESS)  # the guest has not waited, as all drivers do
             self._dma.submit(value, self._run)
         elif register == Register.DATA_IN_LOW:
             self._deliver_dma(value, posted)
@@ -542,8 +543,6 @@ class VmciDevice:
     # Datagrams
 
     def _run(self, data: bytes) -> int | None:
-        # A guest that does not wait, as all drivers do, gets no result of the earlier datagram.
-        self.finish(Code.SUCCESS)
         datagram = Datagram.decode(data)
         self.is_unfinished = True
         result = Code.INVALID_ARGS if datagram is None else self._perform(datagram)

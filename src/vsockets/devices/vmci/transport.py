@@ -17,6 +17,7 @@ from ...protocol.client import decode_reply
 from ...protocol.vsockmon import Operation
 from ..client import ConnectRequest, DeviceClient
 from ..limits import (
+    VMCI_CONNECT_STOP_SECONDS,
     VMCI_CONNECT_WAIT_SECONDS,
     VMCI_HANDSHAKE_TIMEOUT_SECONDS,
     VMCI_PENDING_STREAMS_MAX,
@@ -207,20 +208,19 @@ class VmciTransport:
         if self._reply_timer is not None:  # the guest has not waited for its last request
             self._reply_timer.cancel()
         self._awaited = connection
-        if self._hypervisor.device.may_finish_later:
-            # Other streams of the guest go on meanwhile.
-            self._loop.watch(sock.fileno(), lambda events: self._on_reply(connection))
+        goes_on = self._hypervisor.device.may_finish_later
+        poll = select.poll()
+        poll.register(sock, select.POLLIN)
+        if poll.poll(1000 * (VMCI_CONNECT_STOP_SECONDS if goes_on else VMCI_CONNECT_WAIT_SECONDS)):
+            self._on_reply(connection)
+            return None
+        self._loop.watch(sock.fileno(), lambda events: self._on_reply(connection))
+        if goes_on:  # other streams of the guest are served meanwhile
             self._reply_timer = self._loop.call_later(
                 VMCI_CONNECT_WAIT_SECONDS, lambda: self._finish(connection, _DONE)
             )
-            return None
-        poll = select.poll()
-        poll.register(sock, select.POLLIN)
-        if poll.poll(1000 * VMCI_CONNECT_WAIT_SECONDS):
-            self._on_reply(connection)
         else:
             self._finish(connection, _DONE)
-            self._loop.watch(sock.fileno(), lambda events: self._on_reply(connection))
         return None
 
     def _finish(self, connection: _Connection, result: int) -> None:
