@@ -22,8 +22,8 @@ from types import FrameType, FunctionType, ModuleType
 from typing import Any, ClassVar, cast
 
 import vsockets.daemon
+from vsockets._linux.cloning import clone_sharing_descriptors
 from vsockets._linux.inspection import open_descriptors
-from vsockets._linux.process import clone_sharing_descriptors
 from vsockets.daemon import journal as journal_module
 from vsockets.daemon import recovery, succession
 from vsockets.daemon.broker import Broker

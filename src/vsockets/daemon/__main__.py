@@ -12,8 +12,9 @@ from functools import partial
 from pathlib import Path
 
 from .. import logs
+from .._linux.cloning import can_share_descriptors
 from .._linux.folders import describe
-from .._linux.process import can_share_descriptors, notify_ready
+from .._linux.process import notify_ready
 from ..fabric import Refused
 from ..limits import DAEMON_RESTARTS_DEFAULT
 from ..state_folder import LOG, default_folder

@@ -20,8 +20,9 @@ from collections import deque
 from collections.abc import Callable
 from pathlib import Path
 
+from .._linux.cloning import clone_sharing_descriptors
 from .._linux.inspection import open_descriptors
-from .._linux.process import clone_sharing_descriptors, notify_ready
+from .._linux.process import notify_ready
 from .in_flight import InFlight, Step
 from .limits import DAEMON_RESTARTS_SECONDS
 from .succession import FORWARDED, adopt_orphans, wait_for_successors
