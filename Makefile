@@ -30,9 +30,9 @@ test-downloads:
 # Links and cross-references of the documentation, as the generator of the site sees them.
 test-site: site
 
-# Two workers more than processors: much of the time a test waits.
+# A worker more than processors: much of the time a test waits.
 test-pytest:
-	$(BIN)/python tests/retry.py --numprocesses 4 --dist loadfile --no-loadscope-reorder
+	$(BIN)/python tests/retry.py --numprocesses 3 --dist loadfile --no-loadscope-reorder
 
 # Root runs a part of them again: as an ordinary user, and on Debian 13 if mmdebstrap is installed.
 test-ordinary-user:
