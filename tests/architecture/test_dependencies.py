@@ -187,6 +187,15 @@ def test_the_amqp_proxies_decisions_do_no_io(name: str) -> None:
     assert not (doers | {"h2"}) & set(imports(f"vsockets.amqp.{name}"))
 
 
+def test_a_guests_proxy_needs_no_ctypes() -> None:
+    """Debian's python3-minimal, which a guest may have alone, lacks it."""
+    source = (
+        "import sys; sys.modules['ctypes'] = sys.modules['_ctypes'] = None\n"
+        "import vsockets.amqp.__main__, vsockets.amqp.guest_proxy"
+    )
+    subprocess.run([sys.executable, "-c", source], check=True)
+
+
 @pytest.mark.parametrize("name", ["xdr", "rpc", "mount_protocol", "retransmission"])
 def test_the_decisions_of_network_storage_do_no_io(name: str) -> None:
     doers = {"socket", "select", "selectors", "asyncio", "threading", "subprocess", "os", "time"}
