@@ -84,8 +84,6 @@ class Channel(Peer):
     in_flight: ClassVar[InFlight | None] = None
     #: whether its requests are read from its socket
     has_requests: ClassVar[bool] = True
-    #: whether a part of a request has been read
-    has_part = False
 
     def __init__(
         self, sock: _socket.socket, context: Context, kind: EndpointKind, credentials: Credentials
@@ -95,6 +93,11 @@ class Channel(Peer):
         self.kind = kind
         self.credentials = credentials
         self.party = context.party_of(credentials.uid)
+
+    @property
+    def has_part(self) -> bool:
+        """True if a part of a request has been read; always false where requests are read whole."""
+        return False
 
     def begin(self, in_flight: InFlight) -> None:
         """Record that a request on this channel, which the journal has, is served next."""

@@ -91,7 +91,7 @@ class HybridChannel(Channel):
         in_flight.begin(self.sock.fileno(), self._cid, HYBRID)
 
     @property
-    def has_part(self) -> bool:  # type: ignore[override]
+    def has_part(self) -> bool:
         """True if a part of the line has been read."""
         return self._line.port is None and bool(self._line.received)
 

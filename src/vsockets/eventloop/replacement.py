@@ -238,9 +238,9 @@ class _Worker:
             self.link.send(word)
 
     async def exchange(self, step: Callable[..., T], *arguments: object) -> T:
-        """Call ``step``, a function of this module, in a thread; return its value.
+        """Call ``step``, one of the methods below, in a thread; return its value.
 
-        The thread alone uses the link meanwhile.
+        The thread alone uses the link meanwhile, and the link stays open.
 
         Raises OSError if the process has ended.
         """
