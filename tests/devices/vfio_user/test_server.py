@@ -316,6 +316,16 @@ def test_descriptors_of_a_refused_message_are_closed(path: Path, messages: list[
     wait_until(lambda: _descriptors() <= before, "the descriptors to be closed")
 
 
+@pytest.mark.parametrize("command", [Command.REGION_READ, Command.DMA_MAP, Command.DEVICE_SET_IRQS])
+def test_descriptors_before_version_are_closed_once(path: Path, command: Command) -> None:
+    """The connection ends: a second close of the same number would be refused with EBADF."""
+    client = Client(path)
+    header = HEADER.pack(1, command, HEADER.size, 0, 0)
+    socket.send_fds(client.sock, [header], [client.sock.fileno()])
+    assert client.sock.recv(4096) == b""
+    client.sock.close()
+
+
 def _descriptors() -> int:
     return len(os.listdir("/proc/self/fd"))
 

@@ -27,6 +27,7 @@ from .pci import Interrupts, Irq
 log = logging.getLogger(__name__)
 
 _READ, _WRITE = int(Command.REGION_READ), int(Command.REGION_WRITE)
+_TAKE_DESCRIPTORS = int(Command.DMA_MAP), int(Command.DEVICE_SET_IRQS)
 _REPLY, _NO_REPLY = int(Flag.REPLY), int(Flag.NO_REPLY)
 _ACCESS_BYTES, _HEADER_BYTES = messages.ACCESS.size, messages.HEADER.size
 _unpack_access, _pack_header = messages.ACCESS.unpack_from, messages.HEADER.pack
@@ -79,7 +80,7 @@ class Session:
     def __init__(self, device: Device) -> None:
         self._device = device
         self._negotiated = False
-        self._others = {
+        self._others: Mapping[int, Callable[[Message], bytes]] = {
             Command.DMA_MAP: self._map,
             Command.DMA_UNMAP: self._unmap,
             Command.DEVICE_GET_INFO: self._device_info,
@@ -96,7 +97,7 @@ class Session:
         """
         number, command, flags, payload, fds = message
         try:
-            if fds and command not in (Command.DMA_MAP, Command.DEVICE_SET_IRQS):
+            if fds and not (self._negotiated and command in _TAKE_DESCRIPTORS):
                 _close(message)
             if not self._negotiated:
                 payload = self._negotiate(message)
@@ -121,8 +122,6 @@ class Session:
 
     def _negotiate(self, message: Message) -> bytes:
         if message.command != Command.VERSION:
-            if message.command in (Command.DMA_MAP, Command.DEVICE_SET_IRQS):
-                _close(message)
             raise DeviceProtocolError(f"command {message.command} before VERSION")
         answer = messages.encode_version(message.payload)
         self._negotiated = True
@@ -131,10 +130,10 @@ class Session:
     def _perform(self, message: Message) -> bytes:
         if message.command == Command.VERSION:
             raise DeviceProtocolError("VERSION was already negotiated")
-        other = self._others.get(message.command)  # type: ignore[call-overload]
+        other = self._others.get(message.command)
         if other is None:
             raise OSError(errno.ENOTSUP, "unknown command")
-        return other(message)  # type: ignore[no-any-return]
+        return other(message)
 
     # Access
 
