@@ -167,7 +167,7 @@ class Hybrid(Contestant):
         return sock
 
 
-def _processor_time(pid: int) -> float:
+def processor_time(pid: int) -> float:
     """Return the processor seconds of all threads, from the scheduler's nanosecond counters."""
     used = 0
     for thread in Path(f"/proc/{pid}/task").iterdir():
@@ -182,12 +182,12 @@ def to_host(contestant: Contestant, step: int, total: int) -> tuple[float, float
         job = contestant.machine.start(_SEND, port=port, step=step, total=total)
         sock, _ = server.accept()
         with sock:
-            before, begin = _processor_time(contestant.pid), time.perf_counter()
+            before, begin = processor_time(contestant.pid), time.perf_counter()
             buffer, left = bytearray(1 << 18), total
             while left:
                 left -= sock.recv_into(buffer)
             seconds = time.perf_counter() - begin
-            used = _processor_time(contestant.pid) - before
+            used = processor_time(contestant.pid) - before
             sock.send(b"!")
             job.result(_PATIENCE)
     return total / seconds / 1e6, used / total * 1e9
@@ -197,13 +197,13 @@ def to_guest(contestant: Contestant, step: int, total: int) -> tuple[float, floa
     """Return MB/s and processor seconds per GB from host to guest, in writes of ``step`` bytes."""
     job = contestant.machine.start(_RECEIVE, port=_RECEIVING, total=total)
     with _dial(contestant, _RECEIVING) as sock:
-        before, begin = _processor_time(contestant.pid), time.perf_counter()
+        before, begin = processor_time(contestant.pid), time.perf_counter()
         block, left = bytes(step), total
         while left:
             left -= sock.send(block[:left])
         sock.recv(1)
         seconds = time.perf_counter() - begin
-        used = _processor_time(contestant.pid) - before
+        used = processor_time(contestant.pid) - before
     job.result(_PATIENCE)
     return total / seconds / 1e6, used / total * 1e9
 
@@ -215,13 +215,13 @@ def ping(contestant: Contestant, number: int) -> tuple[float, float]:
         job = contestant.machine.start(_PING, port=port, number=number)
         sock, _ = server.accept()
         with sock:
-            before = _processor_time(contestant.pid)
+            before = processor_time(contestant.pid)
             times = []
             for _ in range(number):
                 ping = sock.recv(64)
                 times.append(time.perf_counter())
                 sock.send(ping)
-            used = _processor_time(contestant.pid) - before
+            used = processor_time(contestant.pid) - before
             job.result(_PATIENCE)
     # By the host's clock: an emulated guest's clock may run at another speed.
     pauses = [later - earlier for earlier, later in itertools.pairwise(times)]
@@ -232,7 +232,7 @@ def connects(contestant: Contestant, number: int) -> tuple[float, float]:
     """Return the guest's connects per second, and the microseconds of processor time for each."""
     server, port = contestant.listen()
     with server:
-        before = _processor_time(contestant.pid)
+        before = processor_time(contestant.pid)
         job = contestant.machine.start(_CONNECTS, port=port, number=number)
         server.settimeout(_PATIENCE)
         times = []
@@ -244,7 +244,7 @@ def connects(contestant: Contestant, number: int) -> tuple[float, float]:
             times.append(time.perf_counter())
         job.result(_PATIENCE)
     rate = (len(times) - 1) / (times[-1] - times[0])
-    return rate, (_processor_time(contestant.pid) - before) / number * 1e6
+    return rate, (processor_time(contestant.pid) - before) / number * 1e6
 
 
 def datagrams(contestant: Contestant, number: int) -> tuple[float, float]:
@@ -252,7 +252,7 @@ def datagrams(contestant: Contestant, number: int) -> tuple[float, float]:
     sock, port = contestant.receive_datagrams()
     with sock:
         sock.settimeout(_PATIENCE)
-        before = _processor_time(contestant.pid)
+        before = processor_time(contestant.pid)
         contestant.machine.start(_SEND_DATAGRAMS, port=port, number=number)
         sock.recv(100)
         begin = time.perf_counter()
@@ -264,7 +264,7 @@ def datagrams(contestant: Contestant, number: int) -> tuple[float, float]:
             except TimeoutError:  # UDP may lose some
                 break
             received, end = received + 1, time.perf_counter()
-        used = _processor_time(contestant.pid) - before
+        used = processor_time(contestant.pid) - before
         return (received - 1) / max(end - begin, 1e-9), used / received * 1e6
 
 

@@ -18,6 +18,7 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 
 from cli.vsock import Running
@@ -27,7 +28,7 @@ from vm.machine import Machine
 from vm.test_nfs import GUEST
 from vsockets.testing import PrivateFabric
 
-from .machines import Contestant, _processor_time, to_guest
+from .machines import Contestant, processor_time, to_guest
 
 _FILE = 32 << 20
 _DATAGRAM, _DATAGRAMS, _IN_FLIGHT = 65_000, 400, 2
@@ -117,10 +118,10 @@ class Measured:
 
     def measure(self, transfer: Callable[[], int]) -> list[float]:
         """Return MB/s, and each process's seconds of processor time for a GB."""
-        before, begin = [_processor_time(pid) for pid in self._pids], time.perf_counter()
+        before, begin = [processor_time(pid) for pid in self._pids], time.perf_counter()
         size = transfer()
         seconds = time.perf_counter() - begin
-        used = [_processor_time(pid) - then for pid, then in zip(self._pids, before, strict=True)]
+        used = [processor_time(pid) - then for pid, then in zip(self._pids, before, strict=True)]
         return [size / seconds / 1e6, *(one / size * 1e9 for one in used)]
 
 
@@ -131,9 +132,7 @@ def _report(measured: Measured, rounds: int) -> None:
     }
     for kib in (128, 1024):
         for name, path in (("FUSE alone", "/zeros/file"), ("vsock nfs", "/mnt/large")):
-            contestants[f"{name}, read-ahead {kib} KiB"] = (
-                lambda path=path, kib=kib: measured.read(path, kib)  # type: ignore[misc]
-            )
+            contestants[f"{name}, read-ahead {kib} KiB"] = partial(measured.read, path, kib)
     figures: dict[str, list[list[float]]] = {name: [] for name in contestants}
     for number in range(rounds + 1):
         for name in list(contestants)[:: 1 if number % 2 else -1]:

@@ -15,7 +15,7 @@ from time import perf_counter, process_time
 from support.vmci_driver import SimulatedGuest
 from vsockets.devices.vfio_user import Region, messages
 from vsockets.devices.vfio_user.messages import Command
-from vsockets.devices.vfio_user.session import _Connection
+from vsockets.devices.vfio_user.session import Session
 from vsockets.devices.vmci.device import MMIO_REGISTERS
 from vsockets.devices.vmci.packets import Handle, Kind
 
@@ -106,7 +106,7 @@ class _MeteredGuest(SimulatedGuest):
     def __init__(self) -> None:
         super().__init__()
         self.seconds = 0.0  #: processor time of the device
-        self._client = _Connection(self.device)
+        self._session, self._decoder = Session(self.device), messages.Decoder()
         payload = struct.pack("<HH", 0, 1)
         self._send(Command.VERSION, payload)
         self.probe()
@@ -114,8 +114,10 @@ class _MeteredGuest(SimulatedGuest):
     def _send(self, command: int, payload: bytes) -> bytes:
         data = messages.HEADER.pack(1, command, messages.HEADER.size + len(payload), 0, 0) + payload
         began = process_time()
-        (reply,) = self._client.receive(data, [])
+        (message,) = self._decoder.receive(data)
+        reply = self._session.handle(message)
         self.seconds += process_time() - began
+        assert reply is not None
         return reply
 
     def store(self, register: int, value: int, posted: bool = False) -> None:
