@@ -266,7 +266,8 @@ def shared():
 
 
 def threads():
-    with listener(backlog=64) as server:
+    # All servers wait in accept() when a connection comes in; none may delay those that follow.
+    with listener(backlog=128) as server:
 
         def serve():
             accepted, _ = server.accept()
@@ -281,13 +282,13 @@ def threads():
                 answered.append(number)
 
         answered = []
-        everybody = [threading.Thread(target=serve) for _ in range(20)]
-        everybody += [threading.Thread(target=ask, args=(n,)) for n in range(20)]
+        everybody = [threading.Thread(target=serve) for _ in range(120)]
+        everybody += [threading.Thread(target=ask, args=(n,)) for n in range(120)]
         for thread in everybody:
             thread.start()
         for thread in everybody:
             thread.join()
-        assert sorted(answered) == list(range(20))
+        assert sorted(answered) == list(range(120))
 
 
 def event_loop():

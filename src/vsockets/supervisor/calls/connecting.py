@@ -307,20 +307,18 @@ async def _accept(call: Call, endpoint: Endpoint, flags: int) -> Answer:
     address, size_at = call.arguments[1:3]
     # Fails before a connection is taken; duplicate() proves the size.
     room = call.read_room(size_at) if address else 0
-    is_readable = False
     while True:
         _require_listening(endpoint)
         with closing(call.duplicate(endpoint)) as listener:
             blocks = os.get_blocking(listener.fileno())
-            taken = await _take(endpoint, listener, blocks, is_readable)
+            taken = await _take(endpoint, listener, blocks)
             if taken is not None:
                 break
             if not blocks:
                 raise failure(errno.EAGAIN)
             seconds = timeout_of(listener, SO_RCVTIMEO) or None
             wait = lent(listener.detach(), endpoint.inode, seconds)
-        is_readable = await wait
-        if not is_readable:
+        if not await wait:
             raise failure(errno.EAGAIN)
     fd, record = taken
     sock = _socket.socket(AF_UNIX, endpoint.type, 0, fd)
@@ -347,12 +345,11 @@ def _require_listening(endpoint: Endpoint) -> None:
 
 
 async def _take(
-    endpoint: Endpoint, listener: _socket.socket, blocks: bool, is_readable: bool
+    endpoint: Endpoint, listener: _socket.socket, blocks: bool
 ) -> tuple[int, Record] | None:
     """Return the descriptor and the record of the next connection, or None.
 
-    ``blocks`` is whether the listener is a blocking socket, ``is_readable`` whether a connection
-    waited a moment ago.
+    ``blocks`` is whether the listener is a blocking socket.
 
     Raises OSError if the listener has failed, CallInterrupted if the call no longer waits.
     """
@@ -365,10 +362,9 @@ async def _take(
             return None
     else:
         while True:
-            token = _next_token(endpoint, listener, blocks, is_readable)
+            token = _next_token(endpoint, listener, blocks)
             if token is None:
                 return None
-            is_readable = False
             try:
                 record, fd = await receive_record(token)  # vsockd sends it at once
             except CallInterrupted:
@@ -385,12 +381,14 @@ async def _take(
 
 
 def _next_token(
-    endpoint: Endpoint, listener: _socket.socket, blocks: bool, is_readable: bool
+    endpoint: Endpoint, listener: _socket.socket, blocks: bool
 ) -> _socket.socket | None:
     """Return the next token (``daemon/listeners.py``) in the backlog of ``listener``, or None."""
     if endpoint.arriving:
         return endpoint.arriving.popleft()
-    if blocks and not is_readable:
+    if blocks:
+        # Also after an event: all that wait for a listener get it, and accept() of a blocking
+        # socket takes a tick to fail.
         poll = select.poll()
         poll.register(listener, select.POLLIN)
         if not poll.poll(0):
