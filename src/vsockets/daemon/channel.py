@@ -516,9 +516,12 @@ def _take_socket(channel: Channel, types: tuple[int, ...]) -> _socket.socket:
     try:
         sock = _socket.socket(fileno=fd)
     except OSError:
-        close_unwanted(fd, channel.party)
-        raise ProtocolError("invalid descriptor (expected a unix socket)") from None
-    if sock.family != AF_UNIX or sock.type not in types:
-        close_unwanted(sock.detach(), channel.party)
-        raise ProtocolError(f"invalid descriptor: {sock.family=} {sock.type=}")
-    return sock
+        problem = "expected a unix socket"
+    else:
+        if sock.family == AF_UNIX and sock.type in types:
+            return sock
+        problem = f"{sock.family=} {sock.type=}"
+        sock.detach()
+    consume(channel, False)  # the unread request refers to the descriptor, too
+    close_unwanted(fd, channel.party)
+    raise ProtocolError(f"invalid descriptor: {problem}")
