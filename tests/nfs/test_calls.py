@@ -11,8 +11,8 @@ import pytest
 
 from vsockets.model.locator import Inet
 from vsockets.nfs import nfs3, rpc
-from vsockets.nfs.nfs3 import PROCEDURES, FsInfo, Status, Time
-from vsockets.nfs.nfs_client import NfsClient, credentials
+from vsockets.nfs.nfs3 import PROCEDURES, FsInfo, StableHow, Status, Time
+from vsockets.nfs.nfs_client import NfsClient, WriteBack, credentials
 from vsockets.nfs.rpc_client import RpcClient
 
 AUTH = credentials(0, 0)
@@ -126,3 +126,60 @@ def test_server_that_replies_with_less_than_asked_for() -> None:
     assert bytes(call_server(server, lambda nfs: nfs.read(AUTH, b"file", 0, 10))) == b"abcde"
     empty = ScriptedServer((Status.OK, (None, 0, False, b"")))
     assert bytes(call_server(empty, lambda nfs: nfs.read(AUTH, b"file", 0, 10))) == b""
+
+
+def attributes_of(size: int) -> nfs3.Attributes:
+    """Return the attributes of a regular file."""
+    device, time = nfs3.DeviceNumber(0, 0), Time(1, 2)
+    return nfs3.Attributes(
+        nfs3.FileType.REGULAR, 0o644, 1, 0, 0, size, size, device, 7, 8, time, time, time
+    )
+
+
+def written(attributes: nfs3.Attributes | None, size: int) -> tuple[Status, Any]:
+    """Return the reply to a WRITE of ``size`` bytes."""
+    return Status.OK, (nfs3.WccData(None, attributes), size, StableHow.UNSTABLE, bytes(8))
+
+
+def test_attributes_after_a_write_are_those_of_its_reply() -> None:
+    """A file of another handle may have the same attributes: any change ends their validity."""
+
+    async def write(nfs: NfsClient) -> list[nfs3.Attributes | None]:
+        file, seen = WriteBack(nfs, b"file"), list[nfs3.Attributes | None]()
+
+        def look() -> None:
+            seen.append(file.attributes.attributes if file.attributes is not None else None)
+
+        look()
+        await file.write(AUTH, 0, b"abc")
+        look()
+        await file.write(AUTH, 3, b"de")
+        look()
+        await nfs.call(AUTH, "readlink", b"link")
+        look()
+        await nfs.call(AUTH, "remove", nfs3.Target(b"folder", b"another name of the file"))
+        look()
+        await file.write(AUTH, 5, b"f")
+        look()
+        return seen
+
+    server = ScriptedServer(
+        *(written(attributes_of(3), 3), written(attributes_of(5), 2)),
+        (Status.OK, (None, b"target")),
+        *((Status.OK, nfs3.WccData()), written(None, 1)),
+    )
+    three, five = attributes_of(3), attributes_of(5)
+    assert call_server(server, write) == [None, three, five, five, None, None]
+
+
+def test_attributes_of_writes_at_once_are_not_used() -> None:
+    """The server may have performed either one last."""
+
+    async def write(nfs: NfsClient) -> bool:
+        nfs.transfer = 1024
+        file = WriteBack(nfs, b"file")
+        await file.write(AUTH, 0, bytes(2048))
+        return file.attributes is None
+
+    replies = [written(attributes_of(size), 1024) for size in (1024, 2048)]
+    assert call_server(ScriptedServer(*replies), write)

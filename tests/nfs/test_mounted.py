@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 import shutil
+import stat
 import subprocess
 import time
 from pathlib import Path
 
 import pytest
 
-from vsockets.testing import PrivateFabric
+from vsockets.testing import PrivateFabric, wait_until
 
 from .stage import NEEDS_MOUNTING, PATIENCE, Storage, digests
 
@@ -42,6 +43,36 @@ def test_open_sees_what_another_guest_has_closed(
         file = os.open(reader, os.O_RDONLY)
         assert os.read(file, 100) == content
         os.close(file)
+
+
+def test_attributes_after_a_write(storage: tuple[PrivateFabric, Storage]) -> None:
+    """The client has them from the reply to the write, for a second and until another change."""
+    fabric, nfs = storage
+    nfs.serve()
+    top, other = (nfs.mount(fabric.guest()) for _ in range(2))
+    with open(top / "file", "wb", buffering=0) as file:
+
+        def state() -> tuple[int, int, int]:
+            found = os.fstat(file.fileno())
+            return found.st_size, found.st_nlink, stat.S_IMODE(found.st_mode)
+
+        file.write(b"one")
+        assert state() == (3, 1, 0o644)
+        file.write(b"two")
+        os.link(top / "file", top / "link")
+        assert state() == (6, 2, 0o644)
+        file.write(b"three")
+        os.unlink(top / "link")
+        assert state() == (11, 1, 0o644)
+        file.write(b"four")
+        os.fchmod(file.fileno(), 0o600)
+        assert state() == (15, 1, 0o600)
+        file.truncate(2)
+        assert state() == (2, 1, 0o600)
+        file.write(b"five")  # behind the end
+        assert state() == (19, 1, 0o600)
+        (other / "file").write_bytes(b"of another guest")
+        wait_until(lambda: state()[0] == len("of another guest"))
 
 
 def test_unix_file_semantics(storage: tuple[PrivateFabric, Storage]) -> None:

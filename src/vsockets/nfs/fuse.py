@@ -5,6 +5,7 @@ The kernel names files by inode numbers: the inode table has one for each of the
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import errno
 import functools
@@ -107,13 +108,17 @@ def content_version(attributes: Attributes) -> tuple[int, nfs3.Time, nfs3.Time]:
     return attributes.size, attributes.mtime, attributes.ctime
 
 
-def entry_of(node: Inode, attributes: Attributes) -> pyfuse3.EntryAttributes:
-    """Return the attributes of ``node`` for the kernel, and record them as reported."""
+def entry_of(node: Inode, attributes: Attributes, age: float = 0.0) -> pyfuse3.EntryAttributes:
+    """Return the attributes of ``node`` for the kernel, and record them as reported.
+
+    ``age`` is the time since the server sent them, in seconds.
+    """
     node.reported = content_version(attributes)
     entry = pyfuse3.EntryAttributes()
     entry.st_ino = node.number
     entry.generation = 0
-    entry.entry_timeout = entry.attr_timeout = _CACHE_SECONDS
+    entry.entry_timeout = _CACHE_SECONDS
+    entry.attr_timeout = _CACHE_SECONDS - age
     kind = _MODES.get(FileType(attributes.kind), 0)
     entry.st_mode = kind | attributes.mode & 0o7777
     entry.st_nlink = attributes.nlink - (node.silly_name is not None)
@@ -306,6 +311,11 @@ class NfsOperations(pyfuse3.Operations):
     async def getattr(self, inode: int, ctx: pyfuse3.RequestContext) -> pyfuse3.EntryAttributes:
         """Return a file's attributes."""
         node = self._nodes[inode]
+        # The kernel asks for them after each write, and the reply to the WRITE had them already.
+        if (written := node.write_back.attributes) is not None:
+            age = asyncio.get_running_loop().time() - written.received
+            if age < _CACHE_SECONDS:
+                return entry_of(node, written.attributes, age)
         return entry_of(node, await self._nfs.call(_credentials(ctx), "getattr", node.handle))
 
     @_reports_errors

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 from . import mount_protocol, nfs3, rpc
 from .limits import NFS_CALL_TIMEOUT_SECONDS, NFS_RETRY_FIRST_SECONDS, NFS_UNCOMMITTED_MAX_BYTES
-from .nfs3 import NUMBERS, PROCEDURES, StableHow, Status
+from .nfs3 import NUMBERS, PROCEDURES, Attributes, StableHow, Status
 from .rpc import Auth, AuthSys, Flavor
 from .rpc_client import RpcClient
 from .xdr import XdrError
@@ -61,6 +61,7 @@ class NfsClient:
         """Use ``client`` for calls; a READ or WRITE has at most ``transfer`` bytes."""
         self._client = client
         self.transfer = transfer
+        self.changes = 0  #: number of completed calls of procedures that modify something
 
     async def negotiate(self, auth: Auth, root: bytes) -> None:
         """Limit the transfer size to what the server's FSINFO allows.
@@ -91,7 +92,10 @@ class NfsClient:
     async def _call(
         self, procedure: nfs3.Procedure, number: int, packed: bytes, auth: Auth
     ) -> tuple[int, Any]:
-        data = await self._client.call(nfs3.PROGRAM, nfs3.VERSION, number, packed, auth)
+        try:
+            data = await self._client.call(nfs3.PROGRAM, nfs3.VERSION, number, packed, auth)
+        finally:
+            self.changes += procedure.modifies
         try:
             return nfs3.decode_result(procedure, data)
         except XdrError as error:
@@ -143,12 +147,15 @@ class NfsClient:
 
     async def write(
         self, auth: Auth, handle: bytes, offset: int, data: bytes, stable: StableHow
-    ) -> bytes:
-        """Write all of ``data``, in one WRITE if possible, and return the write verifier."""
+    ) -> tuple[bytes, Attributes | None]:
+        """Write all of ``data``, in one WRITE if possible.
+
+        Returns the write verifier, and the file's attributes if the server reports them.
+        """
         done, verifiers = 0, set[bytes]()
         while done < len(data):
             part = data[done:]
-            _, count, _, verifier = await self.call(
+            change, count, _, verifier = await self.call(
                 auth, "write", handle, offset + done, len(part), stable, part
             )
             if not 0 < count <= len(part):
@@ -157,7 +164,7 @@ class NfsClient:
             verifiers.add(verifier)
             if len(verifiers) > 1:  # the server restarted: earlier unstable writes may be lost
                 done, verifiers = 0, set()
-        return verifiers.pop()
+        return verifiers.pop(), change.after
 
 
 def _malformed(error: XdrError) -> OSError:
@@ -170,6 +177,13 @@ class _Piece(NamedTuple):
     verifier: bytes
 
 
+class Received(NamedTuple):
+    """Attributes that the server has sent."""
+
+    attributes: Attributes
+    received: float  #: by the loop's clock
+
+
 class WriteBack:
     """The uncommitted writes of one file; those of a failed commit are kept."""
 
@@ -179,6 +193,13 @@ class WriteBack:
         self._pieces: list[_Piece] = []
         self._size = 0
         self._lock = asyncio.Lock()  # data written again must not overwrite newer data
+        self._written: Received | None = None
+        self._changes = 0  # the client's count after the call that ``_written`` is from
+
+    @property
+    def attributes(self) -> Received | None:
+        """The file's attributes after the latest write, if no other call has changed anything."""
+        return self._written if self._changes == self._nfs.changes else None
 
     async def write(self, auth: Auth, offset: int, data: bytes) -> None:
         """Write ``data``; commit if too much is uncommitted.
@@ -221,5 +242,12 @@ class WriteBack:
                 self._size = 0
 
     async def _write(self, auth: Auth, offset: int, data: bytes) -> _Piece:
-        verifier = await self._nfs.write(auth, self._handle, offset, data, StableHow.UNSTABLE)
+        expected = self._nfs.changes + 1
+        verifier, attributes = await self._nfs.write(
+            auth, self._handle, offset, data, StableHow.UNSTABLE
+        )
+        # Of two calls under way at once, the server may have performed either one last.
+        if attributes is not None and self._nfs.changes == expected:
+            self._written = Received(attributes, asyncio.get_running_loop().time())
+            self._changes = expected
         return _Piece(offset, data, verifier)
