@@ -29,6 +29,7 @@ from . import (
     hybrid,
     nfs,
     scale,
+    starts,
     streams,
     supervised,
     supervised_floor,
@@ -122,6 +123,7 @@ def _benchmarks(rounds: int) -> dict[str, Benchmark]:
         **_device_benchmarks(rounds),
         **_fabric_benchmarks(rounds),
         **_supervised_benchmarks(rounds),
+        **_start_benchmarks(rounds),
         **(_forward_benchmarks(rounds) if forward.available() else {}),
         **(_amqp_benchmarks(rounds) if amqp.available() else {}),
         **(_nfs_benchmarks(rounds) if nfs.available() else {}),
@@ -314,6 +316,17 @@ def _supervised_benchmarks(rounds: int) -> dict[str, Benchmark]:
         "supervised build": bystander(supervised.build),
         "supervised starts of Python": bystander(supervised.starts),
     }
+
+
+def _start_benchmarks(rounds: int) -> dict[str, Benchmark]:
+    def run(tick: Tick) -> dict[str, Series]:
+        with starts.installed() as programs:
+            contestants: dict[str, Callable[[], float]] = {
+                name: partial(programs.start, *command) for name, command in starts.PROGRAMS.items()
+            }
+            return take_turns(contestants, "ms", 3 * rounds, tick)
+
+    return {"starts of programs, installed": run}
 
 
 def _forward_benchmarks(rounds: int) -> dict[str, Benchmark]:
