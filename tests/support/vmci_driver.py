@@ -17,7 +17,7 @@ from vsockets.devices.capture import CaptureSink
 from vsockets.devices.client import ConnectRequest
 from vsockets.devices.loop import DeviceLoop
 from vsockets.devices.vfio_user import Irq, Region
-from vsockets.devices.vmci.device import MMIO_REGISTERS, Control, Register
+from vsockets.devices.vmci.device import MAPPED_REGISTERS, MMIO_REGISTERS, Control, Register
 from vsockets.devices.vmci.machine import VmciMachine
 from vsockets.devices.vmci.packets import (
     HEADER,
@@ -244,6 +244,25 @@ class SimulatedGuest:
 
     def detach(self, handle: Handle) -> int:
         return self.call(Hypercall.QUEUEPAIR_DETACH, struct.pack("<II", *handle))
+
+
+class MappingGuest(SimulatedGuest):
+    """A guest whose monitor maps registers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._words = self.device.mapped[Region.BAR1].view.cast("I")
+
+    def store(self, register: int, value: int, posted: bool = False) -> None:
+        if register < MAPPED_REGISTERS:
+            self._words[register >> 2] = value & 0xFFFF_FFFF
+        else:
+            super().store(register, value, posted)
+
+    def load(self, register: int) -> int:
+        assert register < MAPPED_REGISTERS
+        value: int = self._words[register >> 2]
+        return value - (value >> 31 << 32)
 
 
 class SimulatedStream:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import socket
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -88,6 +89,13 @@ def siblings(stage: Stage, fabric_of_machines: PrivateFabric) -> Iterator[tuple[
         first.run(COMMON)
         second.run(COMMON)
         yield first, second
+
+
+def test_monitor_maps_registers(siblings: tuple[Machine, Machine]) -> None:
+    for machine in siblings:
+        assert machine.qemu is not None
+        maps = Path(f"/proc/{machine.qemu.pid}/maps").read_text()
+        assert "memfd:vfio-user-region" in maps
 
 
 class TestTwoGuests:

@@ -13,11 +13,24 @@ from collections.abc import Callable, Iterable
 from socket import CMSG_SPACE, MSG_CMSG_CLOEXEC, MSG_DONTWAIT, MSG_NOSIGNAL, SCM_RIGHTS, SOL_SOCKET
 from typing import Protocol
 
+from .._linux.sockets import with_descriptor
 from ..eventloop.loop import EventLoop
 
 
 class DeviceProtocolError(Exception):
     """The monitor sent a message after which the connection cannot continue."""
+
+
+class DescriptorReply(bytes):
+    """A reply that carries a copy of a descriptor, which stays the caller's."""
+
+    fd: int
+
+    def __new__(cls, data: bytes, fd: int) -> DescriptorReply:
+        """Return a reply of the bytes ``data`` with the descriptor ``fd``."""
+        reply = super().__new__(cls, data)
+        reply.fd = fd
+        return reply
 
 
 class MessageConnection(Protocol):
@@ -124,9 +137,11 @@ class UnixServer:
 
         Raises TimeoutError when the client does not read the reply in time.
         """
+        rights = (with_descriptor(reply.fd),) if isinstance(reply, DescriptorReply) else ()
         while reply:
             try:
-                reply = reply[client.send(reply, _SEND_FLAGS) :]
+                reply = reply[client.sendmsg((reply,), rights, _SEND_FLAGS) :]
+                rights = ()
             except BlockingIOError:
                 if not select.select((), (client,), (), self._reply_timeout)[1]:
                     raise TimeoutError(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import json
+import mmap
 import os
 import socket
 import struct
@@ -25,6 +26,7 @@ from vsockets.devices.vfio_user import (
     Identity,
     Interrupts,
     Irq,
+    MappedArea,
     Region,
     VfioUserServer,
     pci,
@@ -34,6 +36,8 @@ from vsockets.devices.vfio_user.messages import (
     DMA_MAP,
     DMA_UNMAP,
     HEADER,
+    MAPPED_AREA,
+    REGION_INFO,
     SET_IRQS,
     Command,
     Decoder,
@@ -50,6 +54,7 @@ class RecordingDevice:
 
     def __init__(self) -> None:
         self.regions: Mapping[Region, int] = {Region.BAR1: 64, Region.CONFIG: 256}
+        self.mapped: Mapping[Region, MappedArea] = {}
         self.memory = GuestMemory()
         self.interrupts = Interrupts({Irq.INTX: 1, Irq.MSIX: 3})
         self.config = ConfigSpace(Identity(1, 2, 3, 4, 5, 6), [pci.msix(3, 1, 0, 32), pci.msi()])
@@ -71,6 +76,9 @@ class RecordingDevice:
     def reset(self) -> None:
         self.resets += 1
         self.config.reset()
+
+    def on_disconnect(self) -> None:
+        self.reset()
 
     def release_memory(self, address: int, size: int) -> None:
         self.forgotten.append((address, size))
@@ -135,6 +143,40 @@ def client(path: Path) -> Iterator[Client]:
     client.request(Command.VERSION, VERSION)
     yield client
     client.sock.close()
+
+
+class TestMappedArea:
+    INDEX = Region.BAR1
+
+    def test_client_shares_the_memory(self, device: RecordingDevice, client: Client) -> None:
+        area = MappedArea(PAGE, 12)
+        device.mapped = {self.INDEX: area}
+        # As QEMU does: first a request with room for a region without capabilities.
+        reply = client.request(
+            Command.DEVICE_GET_REGION_INFO, REGION_INFO.pack(32, 0, self.INDEX, 0, 0, 0)
+        )
+        assert isinstance(reply, bytes)
+        room = REGION_INFO.unpack(reply)[0]
+        client.send(Command.DEVICE_GET_REGION_INFO, REGION_INFO.pack(room, 0, self.INDEX, 0, 0, 0))
+        reply, fds, _, _ = socket.recv_fds(client.sock, 4096, 1)
+        reply = reply[HEADER.size :]
+        mappable = 15
+        assert REGION_INFO.unpack_from(reply) == (len(reply), mappable, self.INDEX, 32, 64, 0)
+        assert MAPPED_AREA.unpack_from(reply, 32) == (1, 1, 0, 1, 0, PAGE, 12)
+        with pytest.raises(PermissionError):
+            os.ftruncate(fds[0], 0)
+        with mmap.mmap(fds[0], 12, offset=PAGE) as memory:
+            os.close(fds[0])
+            memory[11] = 7
+            assert area.view[11] == 7
+            area.view[0] = 8
+            assert memory[0] == 8
+
+    def test_other_regions_have_none(self, device: RecordingDevice, client: Client) -> None:
+        device.mapped = {self.INDEX: MappedArea(PAGE, 12)}
+        info = REGION_INFO.pack(100, 0, Region.CONFIG, 0, 0, 0)
+        reply = client.request(Command.DEVICE_GET_REGION_INFO, info)
+        assert reply == REGION_INFO.pack(32, 3, Region.CONFIG, 0, 256, 0)
 
 
 def access(region: int, offset: int, count: int, data: bytes = b"") -> bytes:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 
@@ -27,4 +28,5 @@ def test_random_moves_of_a_guest_leave_no_trace(
     assert hypervisor.is_idle and sockets.is_idle
     fuzzer.guest.loop.close()
     del fuzzer, hypervisor, sockets
+    gc.collect()
     assert len(os.listdir("/proc/self/fd")) <= before + 1

@@ -8,11 +8,11 @@ import os
 import random
 import socket
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 
-from support.vmci_driver import CID, MEMORY, PAGE, SimulatedGuest
+from support.vmci_driver import CID, MEMORY, PAGE, MappingGuest, SimulatedGuest
 from vsockets.devices.client import ConnectRequest
 from vsockets.devices.limits import (
     VMCI_ATTACH_HOLD_SECONDS,
@@ -21,7 +21,7 @@ from vsockets.devices.limits import (
 )
 from vsockets.devices.loop import DeviceLoop
 from vsockets.devices.vfio_user import Region
-from vsockets.devices.vmci.device import Register
+from vsockets.devices.vmci.device import MMIO_REGISTERS, Caps, Cause, Control, Register
 from vsockets.devices.vmci.flow_control import AttachOrdering
 from vsockets.devices.vmci.packets import (
     Code,
@@ -198,6 +198,79 @@ class TestDatagrams:
         lying = struct.pack("<IIIIQ", 2, 700, CID, 800, 2**64 - 24)
         assert guest.send_raw(lying) == Code.INVALID_ARGS
         assert guest.send_raw(bytes(24), at=MEMORY - 8) == Code.INVALID_ARGS
+
+
+class TestMappedRegisters:
+    @pytest.fixture
+    def guest(self) -> Iterator[MappingGuest]:
+        guest = MappingGuest()
+        guest.probe()
+        yield guest
+        guest.close()
+        guest.loop.close()
+
+    def test_results_are_read_without_a_message(self, guest: MappingGuest) -> None:
+        assert guest.call(Hypercall.GET_CONTEXT_ID) == CID
+        assert guest.call(12) == Code.INVALID_RESOURCE
+        assert guest.load(Register.RESULT_HIGH) == -1
+        stream = guest.connect(1234, 4096)
+        stream.write(b"mapped")
+        guest.loop.turn()
+        assert guest.fabric.streams[0].recv(9) == b"mapped"
+
+    @pytest.mark.parametrize("caps", [Caps.DMA_DATAGRAM, Caps.DMA_DATAGRAM | Caps.PPN64])
+    def test_capabilities_in_use(self, guest: MappingGuest, caps: Caps) -> None:
+        guest.store(Register.CAPS, caps)
+        assert guest.device.wide_pages == (Caps.PPN64 in caps)
+
+    def test_interrupts_follow_control_and_mask(self, guest: MappingGuest) -> None:
+        (vector, *_) = guest.enable_messages()
+        guest.store(Register.CONTROL, Control.INT_DISABLE)
+        guest.machine.hypervisor.notify_removed(9)
+        with pytest.raises(BlockingIOError):
+            os.eventfd_read(vector)
+        # The datagram waits since before the guest enabled interrupts.
+        guest.store(Register.CONTROL, Control.INT_ENABLE)
+        guest.call(Hypercall.GET_CONTEXT_ID)
+        assert os.eventfd_read(vector)
+        assert guest.load(Register.ICR) == Cause.DATAGRAM and guest.load(Register.STATUS) == 1
+        assert len(guest.receive()) == 1
+        assert guest.load(Register.ICR) == Cause.DMA_DATAGRAM
+        guest.store(Register.IMR, 0)
+        guest.machine.hypervisor.notify_removed(9)
+        with pytest.raises(BlockingIOError):
+            os.eventfd_read(vector)
+
+    def test_interrupts_are_enabled_while_datagrams_wait(self, guest: MappingGuest) -> None:
+        (vector, *_) = guest.enable_messages()
+        guest.store(Register.CONTROL, Control.INT_DISABLE)
+        guest.machine.hypervisor.notify_removed(8)
+        guest.store(Register.CONTROL, Control.INT_ENABLE)
+        guest.machine.hypervisor.notify_removed(9)
+        assert os.eventfd_read(vector) and len(guest.receive()) == 2
+
+    def test_reset_waits_for_a_message(self, guest: MappingGuest) -> None:
+        guest.connect(1234, 4096)
+        theirs = guest.fabric.streams[0]
+        theirs.setblocking(False)
+        guest.store(Register.CONTROL, Control.RESET)
+        # A reset within this call would end the stream that makes it.
+        guest.machine.hypervisor.notify_removed(9)
+        with pytest.raises(BlockingIOError):
+            theirs.recv(1)
+        guest.device.read(Region.CONFIG, 0, 4)
+        assert theirs.recv(1) == b"" and guest.machine.hypervisor.is_idle
+        assert guest.load(Register.CONTROL) == guest.load(Register.IMR) == 0
+        guest.probe()
+        guest.connect(1234, 4096)
+
+    def test_former_client_cannot_write_the_registers(self, guest: MappingGuest) -> None:
+        guest.device.on_disconnect()
+        assert not guest.device.mapped, "the next client gets no memory"
+        guest.store(Register.CONTROL, Control.INT_ENABLE)
+        guest.store(Register.IMR, Cause.DATAGRAM)
+        for register in (Register.STATUS, Register.IMR):
+            assert guest.device.read(Region.BAR1, MMIO_REGISTERS + register, 4) == bytes(4)
 
 
 class TestStreams:
@@ -576,7 +649,6 @@ class TestStreams:
         guest.device.write(Region.CONFIG, _COMMAND, _MASTER)
         guest.enable_messages()
         assert guest.load(Register.IMR) == guest.load(Register.STATUS) == 0
-        assert not guest.device.wide_pages
         # the saved registers were not restored
         guest.device.write(Region.CONFIG, _COMMAND, _NO_MASTER)
         guest.device.write(Region.CONFIG, _COMMAND, _MASTER)

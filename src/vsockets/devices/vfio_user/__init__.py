@@ -4,7 +4,7 @@ This package is the server, which plays the device; it is independent of the kin
 """
 
 from .pci import ConfigSpace, Identity, Interrupts, Irq
-from .session import Device, Region, Session, VfioUserServer
+from .session import Device, MappedArea, Region, Session, VfioUserServer
 
 __all__ = [
     "ConfigSpace",
@@ -12,6 +12,7 @@ __all__ = [
     "Identity",
     "Interrupts",
     "Irq",
+    "MappedArea",
     "Region",
     "Session",
     "VfioUserServer",

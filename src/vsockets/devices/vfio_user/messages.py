@@ -22,6 +22,9 @@ DMA_MAP = struct.Struct("<IIQQQ")  #: argsz, flags, offset in the file, address,
 DMA_UNMAP = struct.Struct("<IIQQ")  #: argsz, flags, address, size
 DEVICE_INFO = struct.Struct("<IIII")  #: argsz, flags, regions, interrupts
 REGION_INFO = struct.Struct("<IIIIQQ")  #: argsz, flags, index, capabilities, size, offset
+#: Capability of a region with one area that the client may map: id (SPARSE_MMAP), version, next
+#: capability, number of areas, reserved, offset and size of the area.
+MAPPED_AREA = struct.Struct("<HHIIIQQ")
 IRQ_INFO = struct.Struct("<IIII")  #: argsz, flags, index, count
 SET_IRQS = struct.Struct("<IIIII")  #: argsz, flags, index, start, count
 ACCESS = struct.Struct("<QII")  #: offset, region, count

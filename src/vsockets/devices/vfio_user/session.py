@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import logging
+import mmap
 import os
 import socket
+import weakref
 from collections.abc import Callable, Iterable, Mapping
 from enum import IntEnum
+from fcntl import F_ADD_SEALS, F_SEAL_GROW, F_SEAL_SEAL, F_SEAL_SHRINK
 from struct import Struct
 from typing import Protocol
 
@@ -19,7 +23,7 @@ from ..limits import (
     VFIO_USER_REPLY_TIMEOUT_SECONDS,
     VFIO_USER_TRANSFER_MAX_BYTES,
 )
-from ..unix_server import DeviceProtocolError
+from ..unix_server import DescriptorReply, DeviceProtocolError
 from . import messages
 from .messages import LARGEST_MESSAGE, Command, Decoder, Flag, Message
 from .pci import Interrupts, Irq
@@ -47,6 +51,30 @@ class Region(IntEnum):
     VGA = 8
 
 
+_PAGE = 4096
+_READ_AND_WRITE, _MMAP, _HAS_CAPABILITIES = 3, 4, 8
+_SPARSE_MMAP = 1
+
+
+class MappedArea:
+    """Shared memory for ``size`` bytes of a region, from ``offset`` on.
+
+    A client may map the memory.  Its guest's accesses to the area then send no message; those to
+    the rest of the page do.  Clients map whole pages of a file, so ``offset`` is a multiple of a
+    page; ``size`` is at most a page.
+    """
+
+    def __init__(self, offset: int, size: int) -> None:
+        self.offset, self.size = offset, size
+        #: file of the memory, which has the area at its offset in the region
+        self.fd = os.memfd_create("vfio-user-region", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        weakref.finalize(self, os.close, self.fd)
+        os.ftruncate(self.fd, offset + _PAGE)
+        # Access to memory beyond the end of a file would end the device by SIGBUS.
+        fcntl.fcntl(self.fd, F_ADD_SEALS, F_SEAL_SHRINK | F_SEAL_GROW | F_SEAL_SEAL)
+        self.view = memoryview(mmap.mmap(self.fd, _PAGE, offset=offset))[:size]
+
+
 class Device(Protocol):
     """Interface of a device that a :class:`Session` connects to its client.
 
@@ -54,6 +82,7 @@ class Device(Protocol):
     """
 
     regions: Mapping[Region, int]  #: sizes of the existing regions, in bytes
+    mapped: Mapping[Region, MappedArea]  #: areas that the client may map
     interrupts: Interrupts
     memory: GuestMemory
 
@@ -69,6 +98,9 @@ class Device(Protocol):
 
     def reset(self) -> None:
         """Reset the device to its state after power-on."""
+
+    def on_disconnect(self) -> None:
+        """Reset the device after the client has disconnected, and share no memory with it."""
 
     def release_memory(self, address: int, size: int) -> None:
         """Drop all views of ``size`` bytes at ``address``; the client unmaps them afterwards."""
@@ -112,11 +144,14 @@ class Session:
             return messages.refusal(message, error.errno or errno.EIO)
         if flags & _NO_REPLY:
             return None
-        return _pack_header(number, command, _HEADER_BYTES + len(payload), _REPLY, 0) + payload
+        reply = _pack_header(number, command, _HEADER_BYTES + len(payload), _REPLY, 0) + payload
+        if type(payload) is DescriptorReply:
+            return DescriptorReply(reply, payload.fd)
+        return reply
 
     def close(self) -> None:
         """Reset the device after the client has disconnected: the virtual machine has ended."""
-        self._device.reset()
+        self._device.on_disconnect()
         self._device.interrupts.close()
         self._device.memory.clear()
 
@@ -196,14 +231,23 @@ class Session:
         )
 
     def _region_info(self, message: Message) -> bytes:
-        index = _unpack(messages.REGION_INFO, message)[2]
+        room, _, index, *_ = _unpack(messages.REGION_INFO, message)
         if index >= len(Region):
             raise OSError(errno.EINVAL, f"no region {index}")
         size = self._device.regions.get(Region(index), 0)
-        read_and_write = 3 if size else 0
-        return messages.REGION_INFO.pack(
-            messages.REGION_INFO.size, read_and_write, index, 0, size, 0
-        )
+        flags = _READ_AND_WRITE if size else 0
+        needed = messages.REGION_INFO.size
+        area = self._device.mapped.get(Region(index))
+        if area is None:
+            return messages.REGION_INFO.pack(needed, flags, index, 0, size, 0)
+        flags |= _MMAP | _HAS_CAPABILITIES
+        capability_at = needed
+        needed += messages.MAPPED_AREA.size
+        info = messages.REGION_INFO.pack(needed, flags, index, capability_at, size, 0)
+        if room < needed:  # the client asks again, with enough room
+            return info
+        capability = messages.MAPPED_AREA.pack(_SPARSE_MMAP, 1, 0, 1, 0, area.offset, area.size)
+        return DescriptorReply(info + capability, area.fd)
 
     def _irq_info(self, message: Message) -> bytes:
         index = _unpack(messages.IRQ_INFO, message)[2]

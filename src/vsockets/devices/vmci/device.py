@@ -22,7 +22,7 @@ from ..limits import (
     VMCI_DATAGRAM_QUEUE_MAX_BYTES,
     VMCI_SCATTER_ELEMENTS_MAX,
 )
-from ..vfio_user import ConfigSpace, Identity, Interrupts, Irq, Region, pci
+from ..vfio_user import ConfigSpace, Identity, Interrupts, Irq, MappedArea, Region, pci
 from .packets import HEADER, LARGEST, TERMINATOR, Code, Datagram
 
 _BUFFER = struct.Struct("<IIIIq")
@@ -182,6 +182,9 @@ MMIO_BAR = 0x40000
 MMIO_REGISTERS = 0x20000
 MSIX_TABLE, MSIX_PENDING = 0, 0x1000
 
+#: Size of the part of the registers that clients map.
+MAPPED_REGISTERS = Register.RESULT_HIGH + 4
+
 #: The device with byte ports: registers in I/O ports, only MSI-X in BAR1.
 IO_BAR = 64
 OLD_MSIX_BAR = 0x2000
@@ -283,6 +286,12 @@ log = logging.getLogger(__name__)
 _VECTORS = {int(cause): vector for cause, vector in CAUSE_VECTORS.items()}
 _DATAGRAM, _DMA_DATAGRAM = int(Cause.DATAGRAM), int(Cause.DMA_DATAGRAM)
 
+# Indices of registers in their memory.
+_STATUS, _CONTROL = Register.STATUS >> 2, Register.CONTROL >> 2
+_ICR, _IMR, _CAPS = Register.ICR >> 2, Register.IMR >> 2, Register.CAPS >> 2
+_RESULT_LOW, _RESULT_HIGH = Register.RESULT_LOW >> 2, Register.RESULT_HIGH >> 2
+_READABLE = (_STATUS, _IMR, _CAPS, _RESULT_LOW, _RESULT_HIGH)  # reading them has no effect
+
 _IDENTITY = Identity(0x15AD, 0x0740, 0x15AD, 0x0740, 0x088000, 0x10)
 _FOUR_KIB = 12
 _LARGEST_PAGE_SHIFT = 16
@@ -291,7 +300,7 @@ _LARGEST_PAGE_SHIFT = 16
 class _Registers(NamedTuple):
     """Registers that the driver does not restore after the machine has slept."""
 
-    in_use: Caps
+    in_use: int  # capabilities
     page_shift: int
     mask: int
     interrupting: bool
@@ -301,6 +310,12 @@ class _Registers(NamedTuple):
 
 class VmciDevice:
     """The VMCI device of one virtual machine.
+
+    Linux's driver reads RESULT_LOW twice after each datagram.  The client maps the registers up to
+    RESULT_HIGH (:class:`.MappedArea`), so that these reads send no message.  The driver also writes
+    some of them, when it starts and when it ends: the device reads CAPS and IMR when it needs them,
+    and notices a change of CONTROL at the next message or interrupt.  Messages follow soon: an
+    ending driver releases the interrupts before its memory.
 
     ``perform`` is called with each datagram from the guest and returns the result for the guest, or
     None if :meth:`finish` is called with the result before or later.
@@ -326,12 +341,17 @@ class VmciDevice:
         vectors = 2 if pio_device else 3
         self.interrupts = Interrupts({Irq.INTX: 1, Irq.MSI: 1, Irq.MSIX: vectors})
         self.regions: Mapping[Region, int]
+        self.mapped: Mapping[Region, MappedArea] = {}
+        self._share_nothing()
         if pio_device:
             self.regions = {Region.BAR0: IO_BAR, Region.BAR1: OLD_MSIX_BAR}
             self._base, self._registers = 0, Region.BAR0
             self._caps = Caps.DATAGRAM | Caps.NOTIFICATIONS | Caps.PPN64
         else:
             self.regions = {Region.BAR1: MMIO_BAR}
+            area = MappedArea(MMIO_REGISTERS, MAPPED_REGISTERS)
+            self.mapped = {Region.BAR1: area}
+            self._words = area.view.cast("I")
             self._base, self._registers = MMIO_REGISTERS, Region.BAR1
             self._caps = Caps.DATAGRAM | Caps.NOTIFICATIONS | Caps.PPN64 | Caps.DMA_DATAGRAM
         self.regions = {**self.regions, Region.CONFIG: pci.SIZE}
@@ -360,7 +380,7 @@ class VmciDevice:
         """Report the result of a datagram for which ``perform`` returns None."""
         if self.is_unfinished:
             self.is_unfinished = False
-            self._result = result
+            self._store_result(result)
             self._dma.finish(result)
 
     @property
@@ -371,7 +391,7 @@ class VmciDevice:
     @property
     def wide_pages(self) -> bool:
         """Flag: true if the driver's page numbers have 64 bits, false if they have 32."""
-        return bool(self._in_use & Caps.PPN64)
+        return bool(self._words[_CAPS] & Caps.PPN64)
 
     @property
     def has_room(self) -> bool:
@@ -393,7 +413,7 @@ class VmciDevice:
         """
         self._waiting.append(datagram)
         self._waiting_bytes += len(datagram)
-        if len(self._waiting) == 1:
+        if len(self._waiting) == 1 or not self._interrupting:
             self._interrupt(_DATAGRAM)
 
     def notify(self) -> None:
@@ -404,6 +424,7 @@ class VmciDevice:
 
     def read(self, region: int, offset: int, count: int) -> bytes:
         """Implement :class:`vsockets.devices.vfio_user.Device`."""
+        self._follow_control()
         if region == Region.CONFIG:
             return self._config.read(offset, count)
         if region == self._registers:
@@ -416,6 +437,7 @@ class VmciDevice:
 
     def write(self, region: int, offset: int, data: bytes, posted: bool = False) -> None:
         """Implement :class:`vsockets.devices.vfio_user.Device`."""
+        self._follow_control()
         if region == Region.CONFIG:
             was_master = self._config.bus_master
             self._config.write(offset, data)
@@ -435,6 +457,20 @@ class VmciDevice:
         self._config.reset()
         self._restart()
 
+    def on_disconnect(self) -> None:
+        """Implement :class:`vsockets.devices.vfio_user.Device`.
+
+        The memory of the mapped registers is left to the former client, whose guest may still write
+        there; the sandbox allows no other shared memory.
+        """
+        self.mapped = {}
+        self._share_nothing()
+        self.reset()
+
+    def _share_nothing(self) -> None:
+        # The registers up to RESULT_HIGH.
+        self._words = memoryview(bytearray(MAPPED_REGISTERS)).cast("I")
+
     def release_memory(self, address: int, size: int) -> None:
         """Implement :class:`vsockets.devices.vfio_user.Device`."""
         self.finish(Code.SUCCESS)  # the buffer may be in this memory
@@ -443,11 +479,13 @@ class VmciDevice:
     # Registers
 
     def _power_on(self) -> None:
-        self._in_use = Caps(0)
+        words = self._words
+        words[_STATUS] = words[_CONTROL] = words[_ICR] = words[_IMR] = 0
+        words[_CAPS] = self._caps
+        self._store_result(0)
+        self._last_control = 0
         self._page_shift = _FOUR_KIB
-        self._cause = self._mask = 0
         self._interrupting = False
-        self._result = 0
         self.is_unfinished = False
         self._dma.reset()
         self._ports.reset()
@@ -467,7 +505,7 @@ class VmciDevice:
         kexec passes the memory to another kernel without a reset of the device.
         """
         kept = _Registers(
-            *(self._in_use, self._page_shift, self._mask, self._interrupting),
+            *(self._words[_CAPS], self._page_shift, self._words[_IMR], self._interrupting),
             *(self._dma.out_high, self._dma.in_high),
         )
         self._restart()
@@ -483,32 +521,24 @@ class VmciDevice:
         kept, self._saved_registers = self._saved_registers, None
         if kept is None or not self.interrupts.message_signalled:
             return
-        self._in_use, self._page_shift, self._mask, self._interrupting = kept[:4]
+        self._words[_CAPS], self._page_shift, self._words[_IMR], self._interrupting = kept[:4]
         self._dma.out_high, self._dma.in_high = kept[4:]
         self._on_wake()
         self._interrupt(_DATAGRAM)  # also for datagrams that arrived meanwhile
 
     def _load(self, register: int) -> int:
-        if register == Register.RESULT_LOW:
-            return self._result & 0xFFFF_FFFF
         if register == Register.ICR:
-            cause, self._cause = self._cause, 0
+            cause, self._words[_ICR] = self._words[_ICR], 0
             return cause
-        if register == Register.CAPS:
-            return self._caps
-        if register == Register.STATUS:
-            return int(self._interrupting)
-        if register == Register.IMR:
-            return self._mask
-        if register == Register.RESULT_HIGH:
-            return 0xFFFF_FFFF if self._result < 0 else 0
-        return 0
+        word = register >> 2
+        return self._words[word] if word in _READABLE else 0
 
     def _store(self, register: int, value: int, posted: bool) -> None:
         if register == Register.DATA_OUT_LOW:
             self.finish(Code.SUCCESS)  # the guest has not waited, as all drivers do
             self._dma.submit(value, self._run)
         elif register == Register.DATA_IN_LOW:
+            self._words[_ICR] &= ~_DATAGRAM  # a mapped register is not cleared by reading
             self._deliver_dma(value, posted)
             if self._waiting:
                 self._interrupt(_DATAGRAM)
@@ -518,26 +548,37 @@ class VmciDevice:
             self._dma.in_high = value << 32
         elif register == Register.CONTROL:
             self._control(value)
-        elif register == Register.IMR:
-            self._mask = value
-        elif register == Register.CAPS:
-            self._in_use = self._caps & value
+        elif register in (Register.IMR, Register.CAPS):
+            self._words[register >> 2] = value
         elif register == Register.GUEST_PAGE_SHIFT and _FOUR_KIB <= value <= _LARGEST_PAGE_SHIFT:
             self._page_shift = value
+
+    def _follow_control(self, may_reset: bool = True) -> None:
+        """Apply a change of CONTROL that the guest has written to the mapped register.
+
+        A reset ends all streams, so it waits for a message.
+        """
+        value = self._words[_CONTROL]
+        if value != self._last_control and (may_reset or not value & Control.RESET):
+            self._last_control = value
+            self._control(value)
 
     def _control(self, value: int) -> None:
         if value & Control.RESET:
             self._restart()
         if value & Control.INT_DISABLE:
             self._interrupting = False
+            self._words[_STATUS] = 0
         if value & Control.INT_ENABLE:
             self._interrupting = True
+            self._words[_STATUS] = 1
             if self._waiting:
                 self._interrupt(_DATAGRAM)
 
     def _interrupt(self, cause: int) -> None:
-        self._cause |= cause
-        if self._interrupting and self._mask & cause:
+        self._follow_control(may_reset=False)
+        self._words[_ICR] |= cause
+        if self._interrupting and self._words[_IMR] & cause:
             self.interrupts.trigger(_VECTORS[cause])
 
     # Datagrams
@@ -548,8 +589,12 @@ class VmciDevice:
         result = Code.INVALID_ARGS if datagram is None else self._perform(datagram)
         if result is not None:
             self.is_unfinished = False
-            self._result = result
+            self._store_result(result)
         return result
+
+    def _store_result(self, result: int) -> None:
+        self._words[_RESULT_LOW] = result & 0xFFFF_FFFF
+        self._words[_RESULT_HIGH] = result >> 32 & 0xFFFF_FFFF
 
     def _deliver_dma(self, low: int, posted: bool) -> None:
         if not posted:
