@@ -78,6 +78,18 @@ def pause(seconds: float) -> Wait:
 Resume = Callable[[bool], None]
 
 
+class _Group:
+    """The waits for one socket, which have one registration in the epoll."""
+
+    __slots__ = ("fd", "is_armed", "key", "waits")
+
+    def __init__(self, key: int) -> None:
+        self.key = key  #: of the registration
+        self.fd = -1  #: the number of the copy of the socket that was registered last
+        self.is_armed = False  #: whether the epoll reports the socket's next event
+        self.waits: dict[int, Resume] = {}  #: by their keys, the oldest first
+
+
 class CoroutineScheduler:
     """One epoll, and the coroutines and callbacks that wait for its events."""
 
@@ -89,15 +101,13 @@ class CoroutineScheduler:
         # The standard library's epoll reports descriptors, which are closed and reused here; keys
         # are not.
         self._control = libc.epoll_ctl
+        self._event = EpollEvent()
+        self._event_at = ctypes.byref(self._event)
         self._watched: dict[int, Callable[[int], None]] = {}
         self._waiting: dict[int, tuple[int | None, Resume]] = {}
-        # Waits for one socket are a group, with one registration in the epoll.
-        self._groups: dict[int, dict[int, Resume]] = {}
-        self._group_of: dict[int, int] = {}  # by the key of a wait
-        self._group_for: dict[int, int] = {}  # by a socket's inode
-        self._inode_of: dict[int, int] = {}  # by the key of a group
-        #: By a socket's inode: the number of the copy that was registered last.
-        self._registered: OrderedDict[int, int] = OrderedDict()
+        self._groups: dict[int, _Group] = {}  # by their keys
+        self._group_for: OrderedDict[int, _Group] = OrderedDict()  # by a socket's inode
+        self._group_of: dict[int, _Group] = {}  # by the key of a wait
         self._timers: list[tuple[float, int]] = []
         self._next = count(1)
 
@@ -140,41 +150,47 @@ class CoroutineScheduler:
 
         Raises OSError if the descriptor cannot be polled.
         """
-        key = self._key()
+        key = next(self._next) & _LARGEST_KEY
         if wait.fd is None:
             self._waiting[key] = None, resume
         elif wait.socket is None:
             self._waiting[key] = wait.fd, resume
             self._set(_ADD, wait.fd, wait.events | _ONCE, key)
         else:
-            group = self._group_for.get(wait.socket)
-            if group is None:
-                group = self._group_for[wait.socket] = self._key()
-                self._inode_of[group], self._groups[group] = wait.socket, {}
-            self._groups[group][key] = resume
-            self._group_of[key] = group
+            group = self._group_for.get(wait.socket) or self._new_group(wait.socket)
             try:
-                self._register_copy(wait.fd, wait.socket, wait.events | _ONCE, group)
+                self._register_copy(wait.fd, wait.events | _ONCE, group)
             finally:
                 os.close(wait.fd)
+            group.waits[key] = resume
+            self._group_of[key] = group
         if wait.seconds is not None:
             heapq.heappush(self._timers, (time.monotonic() + wait.seconds, key))
         return key
 
-    def _register_copy(self, fd: int, inode: int, events: int, group: int) -> None:
+    def _new_group(self, inode: int) -> _Group:
+        key = self._key()
+        group = self._groups[key] = self._group_for[inode] = _Group(key)
+        if len(self._group_for) > _KEPT:
+            oldest, dropped = self._group_for.popitem(last=False)
+            if dropped.waits:
+                self._group_for[oldest] = dropped
+            else:
+                del self._groups[dropped.key]
+        return group
+
+    def _register_copy(self, fd: int, events: int, group: _Group) -> None:
         """Register a copy of a socket, or change the registration of an earlier copy.
 
         A registration outlives its copy as long as the socket, and is found again by a copy with
         the same number, which most copies of a listener have.
         """
-        expected = self._registered.get(inode) == fd
+        expected = group.fd == fd
         try:
-            self._set(_CHANGE if expected else _ADD, fd, events, group)
+            self._set(_CHANGE if expected else _ADD, fd, events, group.key)
         except (FileExistsError, FileNotFoundError):
-            self._set(_ADD if expected else _CHANGE, fd, events, group)
-        self._registered[inode] = fd
-        if len(self._registered) > _KEPT:
-            self._registered.popitem(last=False)
+            self._set(_ADD if expected else _CHANGE, fd, events, group.key)
+        group.fd, group.is_armed = fd, True
 
     def cancel(self, key: int) -> None:
         """Drop a wait, unless it has ended already."""
@@ -200,11 +216,21 @@ class CoroutineScheduler:
         for key, events in self._epoll.poll(0):
             if (callback := self._watched.get(key)) is not None:
                 callback(events)
-            elif key in self._groups:
-                for waiting in list(self._groups[key]):
-                    if (taken := self._take(waiting)) is not None:
-                        taken(True)
+            elif (group := self._groups.get(key)) is not None:
+                self._resume_group(group)
             elif (taken := self._take(key)) is not None:
+                taken(True)
+
+    def _resume_group(self, group: _Group) -> None:
+        """Resume the waits for a socket one after the other, until one waits for it again.
+
+        The event may be a single connection or message, which the first one takes.
+        """
+        group.is_armed = False
+        for key in list(group.waits):
+            if group.is_armed:
+                return
+            if (taken := self._take(key)) is not None:
                 taken(True)
 
     def _until_next_timer(self) -> float | None:
@@ -225,18 +251,13 @@ class CoroutineScheduler:
                 self._set(_REMOVE, fd, 0, 0)
             return resume
         group = self._group_of.pop(key, None)
-        if group is None:
-            return None
-        resume = self._groups[group].pop(key)
-        if not self._groups[group]:
-            # The registration left in the epoll is spent, and removed with the socket.
-            del self._groups[group], self._group_for[self._inode_of.pop(group)]
-        return resume
+        # The registration that its group leaves in the epoll is removed with the socket.
+        return None if group is None else group.waits.pop(key)
 
     def _key(self) -> int:
         return next(self._next) & _LARGEST_KEY
 
     def _set(self, operation: int, fd: int, events: int, key: int) -> None:
-        event = EpollEvent(events & 0xFFFF_FFFF, key)
-        if self._control(self._epoll.fileno(), operation, fd, ctypes.byref(event)) != 0:
+        self._event.events, self._event.data = events & 0xFFFF_FFFF, key
+        if self._control(self._epoll.fileno(), operation, fd, self._event_at) != 0:
             raise last_error()
