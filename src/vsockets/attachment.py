@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import _socket
 import array
-import contextlib
 import errno
 import fcntl
 import functools
@@ -156,8 +155,10 @@ def send_request(
 
     Raises OSError for other errors.
     """
-    with contextlib.suppress(BrokenPipeError):
-        _sendmsg(sock, [data], ancillary, flags)
+    try:
+        _sendmsg(sock, (data,), ancillary, flags)
+    except BrokenPipeError:
+        return
 
 
 def receive_reply(sock: _socket.socket, flags: int) -> tuple[Record, int | None]:

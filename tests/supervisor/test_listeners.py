@@ -40,6 +40,51 @@ def run(vsock: Vsock, program: str, *arguments: object, cid: object = "host") ->
     return done.stdout.splitlines()
 
 
+def test_a_number_that_is_used_again_is_another_socket(vsock: Vsock) -> None:
+    """The supervisor expects that a thread's descriptor is the socket of its last call."""
+    program = """
+import ctypes, struct
+libc = ctypes.CDLL(None, use_errno=True)
+def call(function, *arguments):
+    result = function(*arguments)
+    return errno.errorcode[ctypes.get_errno()] if result < 0 else "ok"
+def connect(address): return call(libc.connect, number, address, len(address))
+def accept(): return call(libc.accept, number, None, None)
+def use(sock):
+    os.dup2(sock.fileno(), number)
+    sock.close()
+server = listener()
+vsock = struct.pack("=HHIIB3s", 40, 0, server.getsockname()[1], 1, 0, bytes(3))
+inet = struct.pack("=H", socket.AF_INET) + struct.pack("!H", 1) + bytes((127, 0, 0, 1)) + bytes(8)
+number = 100
+def kinds():
+    yield socket.socket(40, socket.SOCK_STREAM)
+    yield socket.socket(40, socket.SOCK_STREAM)
+    yield socket.socket(40, socket.SOCK_SEQPACKET)
+    yield socket.socket(40, socket.SOCK_DGRAM)
+    yield socket.socket()
+    yield open("/dev/null")
+    waiting = listener()
+    waiting.setblocking(False)
+    yield waiting
+for sock in kinds():
+    use(sock)
+    print(connect(vsock), connect(vsock), accept(), connect(inet), accept())
+os.close(number)
+print(connect(vsock), accept())
+"""
+    assert run(vsock, program) == [
+        "ok EISCONN EINVAL EISCONN EINVAL",
+        "ok EISCONN EINVAL EISCONN EINVAL",
+        "ECONNRESET ECONNRESET EINVAL EINVAL EINVAL",
+        "ok ok ENOTSUP EINVAL ENOTSUP",
+        "EAFNOSUPPORT EAFNOSUPPORT EINVAL ECONNREFUSED EINVAL",
+        "ENOTSOCK ENOTSOCK ENOTSOCK ENOTSOCK ENOTSOCK",
+        "EINVAL EINVAL EAGAIN EINVAL EAGAIN",
+        "EBADF EBADF",
+    ]
+
+
 @pytest.mark.parametrize("kind", ["stream", "seqpacket"])
 def test_reading_and_writing_do_not_affect_a_listener(
     vsock: Vsock, fabric: PrivateFabric, kind: str

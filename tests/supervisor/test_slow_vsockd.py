@@ -240,9 +240,9 @@ class Dropping(notification.Listener):
         self.threads[received.id] = received.pid
         return received
 
-    def answer(self, id_, value):
+    def answer(self, id_, value, flags=0):
         try:
-            super().answer(id_, value)
+            super().answer(id_, value, flags)
         except notification.CallInterrupted:
             if not processes.has_signal(self.threads[id_]):
                 raise  # the thread has handled the signal: the real kernel reports that too

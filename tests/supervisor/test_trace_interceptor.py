@@ -185,7 +185,7 @@ def forbidden(request: pytest.FixtureRequest) -> bool:
 
 def creating(interceptor: TraceInterceptor, call: InterceptedCall) -> None:
     if call.number == MACHINE.socket:
-        interceptor.create_socket(call, call.arguments[1], None, lambda inode: None)
+        interceptor.create_socket(call, call.arguments[1], None, lambda inode, cookie: None)
     else:
         interceptor.answer(call, 42)
 
@@ -211,7 +211,9 @@ def test_the_program_makes_the_socket_itself(forbidden: bool) -> None:
     made: list[int] = []
 
     def serve(interceptor: TraceInterceptor, call: InterceptedCall) -> None:
-        interceptor.create_socket(call, call.arguments[1], None, made.append)
+        interceptor.create_socket(
+            call, call.arguments[1], None, lambda inode, cookie: made.append(inode)
+        )
 
     program = (
         COMMON
@@ -561,7 +563,9 @@ def test_a_socket_of_a_stopped_process_is_shut_down(forbidden: bool) -> None:
 
     def serve(interceptor: TraceInterceptor, call: InterceptedCall) -> None:
         if call.number == MACHINE.socket:
-            interceptor.create_socket(call, call.arguments[1], None, inodes.append)
+            interceptor.create_socket(
+                call, call.arguments[1], None, lambda inode, cookie: inodes.append(inode)
+            )
         else:
             interceptor.answer(call, int(interceptor.shut_down(inodes[0], insists=False)))
 

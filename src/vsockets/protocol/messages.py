@@ -189,6 +189,11 @@ class Record(NamedTuple):
         return _new(BufferSizes, self[10:13])
 
     @property
+    def ends(self) -> tuple[tuple[int, int], tuple[int, int], BufferSizes]:
+        """The local address, the peer's, and the buffer sizes, of every stream."""
+        return self[2:4], self[4:6], _new(BufferSizes, self[10:13])
+
+    @property
     def is_named(self) -> bool:
         """True if the socket was bound by BIND_SOCKET."""
         return self.flags & _NAMED != 0

@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import _socket
 import errno
+import logging
 import os
 import struct
 from collections.abc import Awaitable, Callable, Coroutine, Generator
 from socket import SOCK_CLOEXEC, SOCK_NONBLOCK
 from typing import Generic, NamedTuple, TypeVar
 
+from .._linux.descriptor_passing import dispose
 from .._linux.sockets import cookie_of
 from .arch import Architecture
 from .filter import Served
 from .interception import CallInterrupted, InterceptedCall, Interceptor
-from .process import Processes, open_memory, write_memory
+from .process import Processes, open_memory, read_memory, write_memory
 from .scheduler import Wait
 from .sockets import SERVED, Endpoint, Routes, Sockets, pack_address, unpack_address
 from .vsockd_client import Credentials, PortHolders, VsockdClient
+
+log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
@@ -31,10 +35,18 @@ _TYPE_FLAGS = int(SOCK_NONBLOCK | SOCK_CLOEXEC)
 Piece = tuple[int, bytes]
 #: The result of a call, not negative; None if the call has been answered already.
 Answer = int | None
+#: The rest of a handler, which waits, and then returns the result.
 Serving = Coroutine[Wait, bool, Answer]
-Handler = Callable[["Call"], Serving]
-SocketHandler = Callable[["Call", Endpoint], Serving]
-QuickHandler = Callable[["Call", Endpoint], int]
+#: Handlers return the result, or a coroutine, which is run at once.  They fail by an OSError.
+Handler = Callable[["Call"], Answer | Serving]
+SocketHandler = Callable[["Call", Endpoint], Answer | Serving]
+
+
+class OtherSocket(OSError):
+    """A descriptor that is not the expected socket: EBADF."""
+
+    def __init__(self) -> None:
+        super().__init__(errno.EBADF, os.strerror(errno.EBADF))
 
 
 class Services(NamedTuple):
@@ -107,7 +119,7 @@ class Call:
         If the call still waits, all that was read before from process ``pid`` came from the caller,
         and not from another process that got its number.
         """
-        if not self.services.interceptor.is_waiting(self.intercepted):
+        if not self.intercepted.is_waiting():
             raise CallInterrupted
 
     def read(self, address: int, size: int) -> bytes:
@@ -140,14 +152,44 @@ class Call:
         Raises OSError(EFAULT) if any byte cannot be written, CallInterrupted if the call no longer
         waits.
         """
-        if not pieces:
-            return
+        self._write(pieces)
+
+    def write_value(
+        self, data: bytes, address: int, size_at: int, *others: Piece, cut: bool = False
+    ) -> None:
+        """Write an address or an option's value, and ``others``, as :meth:`write` does.
+
+        The int at ``size_at`` is the size of the program's buffer, and becomes the size of
+        ``data``; with ``cut``, the number of bytes written.
+
+        Raises OSError(EINVAL) if the size is negative, and what :meth:`write` raises.
+        """
+        self._write(others, (data, address, size_at, cut))
+
+    def write_address(self, found: tuple[int, int], address: int, size_at: int) -> None:
+        """Write a struct sockaddr_vm as :meth:`write_value` does, unless ``address`` is null."""
+        if address:
+            self.write_value(pack_address(found), address, size_at)
+
+    def _write(
+        self, pieces: tuple[Piece, ...], value: tuple[bytes, int, int, bool] | None = None
+    ) -> None:
         try:
             memory = open_memory(self.pid)
         except (FileNotFoundError, ProcessLookupError):  # the calling thread has ended
             raise CallInterrupted from None
         try:
-            self.check()
+            if value is not None:
+                data, address, size_at, cut = value
+                (room,) = _INT.unpack(read_memory(memory, size_at, _INT.size))
+                if room < 0:
+                    raise failure(errno.EINVAL)
+                size = min(room, len(data)) if cut else len(data)
+                pieces = (*pieces, (address, data[:room]))
+                if size != room:
+                    pieces = (*pieces, (size_at, _INT.pack(size)))
+            if not self.intercepted.is_waiting():
+                raise CallInterrupted
             for address, data in pieces:
                 if data and not write_memory(memory, address, data):
                     raise CallInterrupted
@@ -159,19 +201,23 @@ class Call:
 
         Close the copy soon: while it is open, the socket's peer does not see its end.
 
-        Raises OSError(EBADF) if the descriptor is no longer this socket, CallInterrupted if the
-        call no longer waits.
+        Raises OtherSocket if the descriptor is not this socket, CallInterrupted if the call no
+        longer waits.
         """
-        fd = self.services.interceptor.duplicate(self.pid, self.integer(0))
+        fd = self.services.interceptor.duplicate(self.pid, self.arguments[0] & 0xFFFF_FFFF)
         try:
-            self.check()
+            if not self.intercepted.is_waiting():
+                raise CallInterrupted
             # A socket's cookie costs less than its inode, and no other socket ever has it.
             if not endpoint.cookie and os.fstat(fd).st_ino != endpoint.inode:
-                raise failure(errno.EBADF)
+                raise OtherSocket
             sock = _socket.socket(_AF_UNIX, endpoint.type, 0, fd)
-        except BaseException:
-            os.close(fd)
+        except CallInterrupted:
+            dispose(fd)  # it may be any file: closing it can block
             raise
+        except OSError:  # not this socket, or none
+            dispose(fd)
+            raise OtherSocket from None
         try:
             cookie = cookie_of(sock)
         except OSError:  # not a socket
@@ -179,22 +225,20 @@ class Call:
         if not endpoint.cookie:
             endpoint.cookie = cookie
         elif cookie != endpoint.cookie:
-            sock.close()
-            raise failure(errno.EBADF)
+            dispose(sock.detach())
+            raise OtherSocket
         return sock
 
     def credentials(self) -> Credentials | None:
         """Return the credentials to send with requests to vsockd; None for the supervisor's own."""
-        return self.services.vsockd.sender(self._read_credentials)
+        credentials = self.credentials_unchecked()
+        if credentials is not None:
+            self.check()
+        return credentials
 
     def credentials_unchecked(self) -> Credentials | None:
         """Return the credentials as :meth:`credentials` does; :meth:`check` proves them later."""
-        return self.services.vsockd.sender(lambda: self.services.processes.credentials(self.pid))
-
-    def _read_credentials(self) -> Credentials:
-        credentials = self.services.processes.credentials(self.pid)
-        self.check()
-        return credentials
+        return self.services.vsockd.sender(self.services.processes, self.pid)
 
     def shield(self, asking: Coroutine[Wait, bool, T]) -> Awaitable[T]:
         """Return an awaitable that completes a request to vsockd even if a signal ends the call.
@@ -225,45 +269,7 @@ class Call:
         """Return an address as :meth:`read_address` does; :meth:`check` proves it later."""
         if not 0 <= size <= _LONGEST_ADDRESS:
             raise failure(errno.EINVAL)
-        return unpack_address(self.read_unchecked(address, size))
-
-    def read_room(self, size_at: int) -> int:
-        """Return the size of the program's buffer for a value, which is the int at ``size_at``.
-
-        The size is as unproven as the result of :meth:`read_unchecked`.
-
-        Raises OSError(EINVAL) if it is negative, OSError(EFAULT) if it is not mapped.
-        """
-        (room,) = _INT.unpack(self.read_unchecked(size_at, _INT.size))
-        if room < 0:
-            raise failure(errno.EINVAL)
-        return int(room)
-
-    def value_pieces(
-        self, data: bytes, address: int, size_at: int, cut: bool = False
-    ) -> list[Piece]:
-        """Return the pieces to write for an address or an option's value.
-
-        The int at ``size_at`` is the size of the program's buffer, and becomes the size of
-        ``data``; with ``cut``, the number of bytes written.  :meth:`write` checks the call.
-        """
-        return self.pieces_for(data, address, size_at, self.read_room(size_at), cut)
-
-    @staticmethod
-    def pieces_for(
-        data: bytes, address: int, size_at: int, room: int, cut: bool = False
-    ) -> list[Piece]:
-        """Return the pieces of :meth:`value_pieces` for a buffer of ``room`` bytes.
-
-        A size that stays the same is not written: that would be one system call more.
-        """
-        size = min(room, len(data)) if cut else len(data)
-        value = (address, data[:room])
-        return [value] if size == room else [value, (size_at, _INT.pack(size))]
-
-    def address_pieces(self, found: tuple[int, int], address: int, size_at: int) -> list[Piece]:
-        """Return the pieces to write for a struct sockaddr_vm; empty if ``address`` is null."""
-        return self.value_pieces(pack_address(found), address, size_at) if address else []
+        return unpack_address(self.services.processes.read(self.pid, address, size))
 
     # Answers
 
@@ -273,12 +279,26 @@ class Call:
         Raises CallInterrupted if the call no longer waits.
         """
         self.answered = True
-        self.services.interceptor.answer(self.intercepted, value)
+        self.intercepted.answer(value)
 
     def conclude(self, value: int) -> None:
         """Let the call return ``value``, now or when the thread repeats it after a signal."""
         self.answered = True
         self.services.interceptor.conclude(self.intercepted, value)
+
+    def fail(self, error: Exception) -> None:
+        """Let the call fail for ``error``, which its handler has raised, unless it is answered."""
+        code = errno.EIO
+        if isinstance(error, CallInterrupted):
+            return
+        if isinstance(error, OSError):
+            code = error.errno or code
+        else:  # a defect of the supervisor; the program must not wait for ever
+            log.error(
+                "call %d of thread %d failed", self.intercepted.number, self.pid, exc_info=error
+            )
+        if not self.answered:
+            self.conclude(-code)
 
     def create_socket(self, type_: int) -> None:
         """Give the process a new vSockets socket; ``type_`` is as for socket().
@@ -287,29 +307,25 @@ class Call:
         """
         plain = type_ & ~_TYPE_FLAGS
         sockets = self.services.sockets
+        endpoint: Endpoint
 
-        def created(inode: int) -> None:
-            sockets.add(inode, Endpoint(plain, inode))
+        def created(inode: int, cookie: int) -> None:
+            nonlocal endpoint
+            endpoint = Endpoint(plain, inode, cookie)
+            sockets.add(inode, endpoint)
 
-        data_calls = SERVED.get(plain)
-        self.services.interceptor.create_socket(self.intercepted, type_, data_calls, created)
+        create = self.services.interceptor.create_socket
+        number = create(self.intercepted, type_, SERVED.get(plain), created)
         self.answered = True
+        sockets.expect(self.pid, number, endpoint)
 
-    def answer_with_socket(self, sock: _socket.socket, endpoint: Endpoint, flags: int) -> None:
-        """Give the process a copy of ``sock``; ``flags`` are accept4()'s.
-
-        Raises CallInterrupted and OSError as :meth:`.Interceptor.answer_with_descriptor`.
-        """
-        self._answer_with(sock.fileno(), bool(flags & SOCK_CLOEXEC), endpoint.served)
-
-    def answer_with_descriptor(self, fd: int, close_on_exec: bool) -> None:
+    def answer_with_descriptor(
+        self, fd: int, close_on_exec: bool, data_calls: Served | None = None
+    ) -> None:
         """Give the process a copy of ``fd``, and let the call return its number.
 
         Raises CallInterrupted and OSError as :meth:`.Interceptor.answer_with_descriptor`.
         """
-        self._answer_with(fd, close_on_exec, None)
-
-    def _answer_with(self, fd: int, close_on_exec: bool, data_calls: Served | None) -> None:
         interceptor = self.services.interceptor
         interceptor.answer_with_descriptor(self.intercepted, fd, close_on_exec, data_calls)
         self.answered = True
@@ -320,4 +336,4 @@ class Call:
         Raises CallInterrupted if the call no longer waits.
         """
         self.answered = True
-        self.services.interceptor.let_through(self.intercepted)
+        self.intercepted.let_through()

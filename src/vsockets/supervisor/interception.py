@@ -56,6 +56,31 @@ class InterceptedCall:
         self.instruction = instruction  #: the address behind the instruction that made the call
         self.arguments = arguments
 
+    def is_waiting(self) -> bool:
+        """Return whether the call still waits.
+
+        If so, all that was read before from the process with the caller's number came from the
+        caller.
+        """
+        raise NotImplementedError
+
+    def answer(self, value: int) -> None:
+        """Let the call return ``value``, or fail if ``value`` is a negative errno.
+
+        Raises CallInterrupted if the call no longer waits.
+        """
+        raise NotImplementedError
+
+    def let_through(self) -> None:
+        """Let the kernel perform the call.
+
+        The memory that its arguments point to may have changed since it was checked: a call that
+        must not happen is never let through.
+
+        Raises CallInterrupted if the call no longer waits.
+        """
+        raise NotImplementedError
+
     def is_repeated_by(self, later: InterceptedCall, used: int) -> bool:
         """Return whether ``later`` is a repetition of this call by its thread.
 
@@ -92,33 +117,11 @@ class Interceptor(Protocol):
 
     # One call
 
-    def is_waiting(self, call: InterceptedCall) -> bool:
-        """Return whether a call still waits.
-
-        If so, all that was read before from the process with the caller's number came from the
-        caller.
-        """
-
-    def answer(self, call: InterceptedCall, value: int) -> None:
-        """Let a call return ``value``, or fail if ``value`` is a negative errno.
-
-        Raises CallInterrupted if the call no longer waits.
-        """
-
     def conclude(self, call: InterceptedCall, value: int) -> None:
         """Answer a call that has taken effect and must not be served a second time.
 
         If a signal interrupts the thread before it has ``value``, it gets ``value`` when it repeats
         the call.
-        """
-
-    def let_through(self, call: InterceptedCall) -> None:
-        """Let the kernel perform a call.
-
-        The memory that its arguments point to may have changed since it was checked: a call that
-        must not happen is never let through.
-
-        Raises CallInterrupted if the call no longer waits.
         """
 
     def begin_socket_calls(self, call: InterceptedCall) -> bool:
@@ -134,19 +137,19 @@ class Interceptor(Protocol):
         call: InterceptedCall,
         type_: int,
         data_calls: Served | None,
-        created: Callable[[int], None],
-    ) -> None:
-        """Give the process a new unix socket, and let the call return its number.
+        created: Callable[[int, int], None],
+    ) -> int:
+        """Give the process a new unix socket; let the call return its number, and return that, too.
 
         ``type_`` may include SOCK_NONBLOCK and SOCK_CLOEXEC.  ``created`` is called with the
-        socket's inode before the program can use it.  The rest is as in
-        :meth:`answer_with_descriptor`.
+        socket's inode, and its cookie if that is known, or 0, before the program can use it.  The
+        rest is as in :meth:`answer_with_descriptor`.
         """
 
     def answer_with_descriptor(
         self, call: InterceptedCall, fd: int, close_on_exec: bool, data_calls: Served | None
-    ) -> None:
-        """Give the process a copy of ``fd``, and let the call return its number.
+    ) -> int:
+        """Give the process a copy of ``fd``; let the call return its number, and return that, too.
 
         The number is the lowest free one, as POSIX requires.  With ``data_calls``, data calls on it
         are intercepted before the program can make one.

@@ -18,9 +18,9 @@ SUPERVISOR_SIGNAL_POLL_SECONDS, SUPERVISOR_SIGNAL_WAIT_SECONDS = 0.001, 1.0
 #: epoll, which lets it serve other calls meanwhile, costs more than a reply takes.
 SUPERVISOR_REPLY_GRACE_SECONDS = 0.001
 
-#: Seconds in which the supervisor does not block again after a reply that came later: vsockd is
-#: busy, or has been stopped.
-SUPERVISOR_LATE_REPLY_SECONDS = 0.1
+#: Seconds in which the supervisor does not block again after a reply that came later: vsockd waits
+#: for a processor, or has been stopped.  So other calls wait for a tenth of the time at most.
+SUPERVISOR_LATE_REPLY_SECONDS = 0.01
 
 #: Seconds between two attempts to connect to a vsockd whose backlog is full: only a stopped vsockd
 #: leaves 4096 connections pending.

@@ -12,6 +12,7 @@ import contextlib
 import ctypes
 import errno
 import fcntl
+import functools
 import logging
 import os
 import select
@@ -24,6 +25,7 @@ from typing import NamedTuple
 
 from .._linux.bpf import PR_SET_NO_NEW_PRIVS, SET_MODE_FILTER
 from .._linux.libc import libc
+from .._linux.sockets import cookie_of
 from .arch import Architecture
 from .filter import Rule, Served, assemble
 from .interception import CallInterrupted, InterceptedCall, Interruption, Surroundings
@@ -36,10 +38,10 @@ log = logging.getLogger(__name__)
 
 # struct seccomp_notif: id, pid, flags; then struct seccomp_data: number, architecture,
 # instruction pointer, six arguments.
-_NOTIFICATION = struct.Struct("=QIIiIQ6Q")
+_NOTIFICATION = struct.Struct("=QIIiIQ48x")
+_ARGUMENTS = struct.Struct("=32x6Q")
 _RESPONSE = struct.Struct("=QqiI")
 _ADD_DESCRIPTOR = struct.Struct("=QIIII")
-_ID = struct.Struct("=Q")
 
 # ioctls of the listener, linux/seccomp.h.
 _RECEIVE, _SEND, _IS_VALID, _ADD = 0xC050_2100, 0xC018_2101, 0x4008_2102, 0xC018_2103
@@ -96,100 +98,100 @@ def install(machine: Architecture, program: bytes, flags: int = _NEW_LISTENER) -
 class NotifiedCall(InterceptedCall):
     """A call that a filter has reported to its listener."""
 
-    __slots__ = ("listener",)
+    __slots__ = ("_notification", "interrupted", "listener")
 
-    listener: Listener
+    def __init__(self, listener: Listener, notification: bytearray) -> None:
+        self.listener = listener
+        self._notification = notification
+        self.id, self.pid, _, self.number, self.architecture, self.instruction = (
+            _NOTIFICATION.unpack(notification)
+        )
+        self.arguments = _ARGUMENTS.unpack(notification)
+        #: Called if a signal ends the call while its handler waits.
+        self.interrupted: Callable[[], None] | None = None
+
+    def is_waiting(self) -> bool:
+        """Return whether the listener still holds the call."""
+        try:
+            # Its argument is the call's id, with which the notification begins.
+            fcntl.ioctl(self.listener.fd, _IS_VALID, self._notification)
+        except _ENDED:
+            return False
+        return True
+
+    def answer(self, value: int) -> None:
+        """Answer the call; the answer is lost if a signal has woken the thread already."""
+        self.listener.answer(self.id, value)
+
+    def let_through(self) -> None:
+        """Let the kernel perform the call."""
+        self.listener.answer(self.id, 0, _CONTINUE)
+
+    def continue_as(self, repeated: NotifiedCall) -> None:
+        """Take the place of ``repeated``, by which the thread has repeated this call."""
+        self.id, self.listener = repeated.id, repeated.listener
+        self._notification = repeated._notification
 
 
 class Listener:
     """The supervisor's end of a filter.  Owns the descriptor."""
 
     def __init__(self, fd: int) -> None:
-        self._fd = fd
-        self._buffer = bytearray(_NOTIFICATION.size)
-        self._empty = bytes(_NOTIFICATION.size)
+        #: Readable when a call waits, and hung up when no process is left under the filter.
+        self.fd = fd
+        # For ioctl().  That bytes are read-only it would notice by an exception each time.
+        self._response = bytearray(_RESPONSE.size)
+        self._addition = bytearray(_ADD_DESCRIPTOR.size)
         with contextlib.suppress(OSError):  # Linux 6.6: wake the other side on this processor
             fcntl.ioctl(fd, _SET_FLAGS, _SYNCHRONOUS_WAKE_UP)
 
-    def fileno(self) -> int:
-        """Return the listener's descriptor.
-
-        The descriptor is readable when a call waits, and hung up when no process is left under the
-        filter.
-        """
-        return self._fd
-
     def close(self) -> None:
         """Close the listener: calls that wait are interrupted, and new ones fail with ENOSYS."""
-        os.close(self._fd)
-        self._fd = -1
+        os.close(self.fd)
+        self.fd = -1
 
     def receive(self) -> NotifiedCall:
         """Return the next call; block until there is one.
 
         Raises CallInterrupted if a signal has interrupted the call since the listener was readable.
         """
-        self._buffer[:] = self._empty  # the kernel requires zeros
+        notification = bytearray(_NOTIFICATION.size)  # the kernel requires zeros
         try:
-            fcntl.ioctl(self._fd, _RECEIVE, self._buffer)
+            fcntl.ioctl(self.fd, _RECEIVE, notification)
         except FileNotFoundError:
             raise CallInterrupted from None
-        id_, pid, _, number, architecture, instruction, *arguments = _NOTIFICATION.unpack(
-            self._buffer
-        )
-        call = NotifiedCall(id_, pid, number, architecture, instruction, tuple(arguments))
-        call.listener = self
-        return call
+        return NotifiedCall(self, notification)
 
-    def is_valid(self, id_: int) -> bool:
-        """Return whether a call still waits."""
-        try:
-            fcntl.ioctl(self._fd, _IS_VALID, _ID.pack(id_))
-        except _ENDED:
-            return False
-        return True
-
-    def answer(self, id_: int, value: int) -> None:
+    def answer(self, id_: int, value: int, flags: int = 0) -> None:
         """Let a call return ``value``, or fail if it is a negative errno.
 
         Raises CallInterrupted if the call no longer waits.
         """
-        response = (id_, 0, value, 0) if value < 0 else (id_, value, 0, 0)
-        self._respond(_RESPONSE.pack(*response))
+        error = 0
+        if value < 0:
+            value, error = 0, value
+        _RESPONSE.pack_into(self._response, 0, id_, value, error, flags)
+        try:
+            fcntl.ioctl(self.fd, _SEND, self._response)
+        except _ENDED:
+            raise CallInterrupted from None
 
-    def let_through(self, id_: int) -> None:
-        """Let the kernel perform the call.
+    def add_descriptor(self, id_: int, fd: int, close_on_exec: bool, flags: int = 0) -> int:
+        """Give the process a copy of ``fd``, and return its number.
 
-        Raises CallInterrupted if the call no longer waits.
-        """
-        self._respond(_RESPONSE.pack(id_, 0, 0, _CONTINUE))
-
-    def answer_with_descriptor(self, id_: int, fd: int, close_on_exec: bool) -> int:
-        """Give the process a copy of ``fd`` and let the call return its number, atomically.
+        With _ADD_AND_ANSWER, the call returns that number, atomically; else it still waits.
 
         Raises CallInterrupted if the call no longer waits, OSError(EMFILE) if the process has no
         free descriptor.
         """
-        return self._add(id_, fd, close_on_exec, _ADD_AND_ANSWER)
-
-    def add_descriptor(self, id_: int, fd: int, close_on_exec: bool) -> int:
-        """Give the process a copy of ``fd`` and return its number; the call still waits."""
-        return self._add(id_, fd, close_on_exec, 0)
-
-    def _add(self, id_: int, fd: int, close_on_exec: bool, flags: int) -> int:
-        request = _ADD_DESCRIPTOR.pack(id_, flags, fd, 0, os.O_CLOEXEC if close_on_exec else 0)
+        new_flags = os.O_CLOEXEC if close_on_exec else 0
+        _ADD_DESCRIPTOR.pack_into(self._addition, 0, id_, flags, fd, 0, new_flags)
         try:
-            added: int = fcntl.ioctl(self._fd, _ADD, bytearray(request))
+            added: int = fcntl.ioctl(self.fd, _ADD, self._addition)
         except (*_ENDED, ProcessLookupError):
             # ESRCH: a signal interrupted the call while the descriptor was being added.
             raise CallInterrupted from None
         return added
-
-    def _respond(self, response: bytes) -> None:
-        try:
-            fcntl.ioctl(self._fd, _SEND, response)
-        except _ENDED:
-            raise CallInterrupted from None
 
 
 class _KeptAnswer(NamedTuple):
@@ -198,13 +200,6 @@ class _KeptAnswer(NamedTuple):
     call: NotifiedCall
     value: int
     deadline: float  #: ``time.monotonic`` when it is given despite pending signals
-
-
-class _Suspended(NamedTuple):
-    """A call whose handler waits."""
-
-    call: NotifiedCall
-    interrupted: Callable[[], None]
 
 
 class NotificationInterceptor:
@@ -217,7 +212,10 @@ class NotificationInterceptor:
 
     def __init__(self, listener: Listener, surroundings: Surroundings) -> None:
         self._listeners: set[Listener] = set()
+        self.is_running = False  #: whether a process is left under the filter
         self._processes = surroundings.processes
+        #: Returns a copy of a thread's descriptor, by pidfd_getfd().
+        self.duplicate = surroundings.processes.duplicate
         self._scheduler = surroundings.scheduler
         self._argument_counts = surroundings.argument_counts
         self._deliver = surroundings.deliver
@@ -228,7 +226,7 @@ class NotificationInterceptor:
             surroundings.serves_data,
             surroundings.on_group_stop,
         )
-        self._suspended: dict[int, _Suspended] = {}  # by thread
+        self._suspended: dict[int, NotifiedCall] = {}  # calls whose handlers wait, by thread
         self._kept: OrderedDict[int, _KeptAnswer] = OrderedDict()  # by thread
         self._reported_untraced: set[tuple[int, Served]] = set()  # with the process
         #: The listener of a filter that does not intercept calls on sockets, if that is in force.
@@ -245,20 +243,16 @@ class NotificationInterceptor:
             self.unread = self._second.unread
         self._watch(listener)
 
-    @property
-    def is_running(self) -> bool:
-        """True while a process is left under the filter."""
-        return bool(self._listeners)
-
     def _watch(self, listener: Listener) -> None:
         self._listeners.add(listener)
-        self._scheduler.watch_directly(
-            listener.fileno(), lambda events: self._on_listener(listener, events)
-        )
+        self.is_running = True
+        on_listener = functools.partial(self._on_listener, listener)
+        self._scheduler.watch_directly(listener.fd, on_listener)
 
     def _close(self, listener: Listener) -> None:
         self._listeners.discard(listener)
-        self._scheduler.unwatch_directly(listener.fileno())
+        self.is_running = bool(self._listeners)
+        self._scheduler.unwatch_directly(listener.fd)
         listener.close()
 
     # Calls
@@ -269,7 +263,7 @@ class NotificationInterceptor:
                 call = listener.receive()
             except (CallInterrupted, InterruptedError):
                 return
-            if (self._suspended or self._kept) and self._is_repeated(call):
+            if (call.pid in self._suspended or call.pid in self._kept) and self._is_repeated(call):
                 return
             self._deliver(call)
         elif events & (select.POLLHUP | select.POLLERR):
@@ -282,39 +276,17 @@ class NotificationInterceptor:
             return False
         suspended = self._suspended.get(call.pid)
         if suspended is not None:
-            if suspended.call.is_repeated_by(call, used):
-                suspended.call.id, suspended.call.listener = call.id, call.listener
+            if suspended.is_repeated_by(call, used):
+                suspended.continue_as(call)
                 return True
             del self._suspended[call.pid]
+            assert suspended.interrupted is not None
             suspended.interrupted()
         kept = self._kept.pop(call.pid, None)
         if kept is not None and kept.call.is_repeated_by(call, used):
             self._give(kept._replace(call=call))
             return True
         return False
-
-    def is_waiting(self, call: InterceptedCall) -> bool:
-        """Return whether the listener, or the tracer, still holds a call."""
-        if isinstance(call, TracedCall):
-            return self._tracer.is_waiting(call)
-        assert isinstance(call, NotifiedCall)
-        return call.listener.is_valid(call.id)
-
-    def answer(self, call: InterceptedCall, value: int) -> None:
-        """Answer a call; the answer is lost if a signal has woken the thread already."""
-        if isinstance(call, TracedCall):
-            self._tracer.answer(call.thread, value)
-        else:
-            assert isinstance(call, NotifiedCall)
-            call.listener.answer(call.id, value)
-
-    def let_through(self, call: InterceptedCall) -> None:
-        """Let the kernel perform a call."""
-        if isinstance(call, TracedCall):
-            self._tracer.let_through(call.thread)
-        else:
-            assert isinstance(call, NotifiedCall)
-            call.listener.let_through(call.id)
 
     def suspend(
         self,
@@ -329,12 +301,12 @@ class NotificationInterceptor:
         else:
             # The kernel interrupts and restarts the call itself.
             assert isinstance(call, NotifiedCall)
-            self._suspended[call.pid] = _Suspended(call, interrupted)
+            call.interrupted = interrupted
+            self._suspended[call.pid] = call
 
     def resume(self, call: InterceptedCall, run: Callable[[], None]) -> bool:
         """Forget a suspended call, and return True: its handler can run at once."""
-        suspended = self._suspended.get(call.pid)
-        if suspended is not None and suspended.call is call:
+        if self._suspended.get(call.pid) is call:
             del self._suspended[call.pid]
         return True
 
@@ -362,7 +334,7 @@ class NotificationInterceptor:
             for fd in listeners:
                 self._watch(Listener(fd))
             return
-        self._beginning = [call for call in self._beginning if self.is_waiting(call)]
+        self._beginning = [call for call in self._beginning if call.is_waiting()]
         if not self._beginning:
             return
         if attempts > 1:
@@ -372,19 +344,18 @@ class NotificationInterceptor:
         refused, self._beginning = self._beginning, []
         for call in refused:
             with contextlib.suppress(CallInterrupted):
-                self.answer(call, -errno.EPERM)
+                call.answer(-errno.EPERM)
 
     # Answers that must not be lost
 
     def conclude(self, call: InterceptedCall, value: int) -> None:
         """Answer a call, or keep the answer for when its thread repeats it."""
         if isinstance(call, TracedCall):
-            self._tracer.answer(call.thread, value)
+            call.answer(value)
             return
-        assert isinstance(call, NotifiedCall)
         if not self._processes.has_signal(call.pid):  # nearly always
             try:
-                call.listener.answer(call.id, value)
+                call.answer(value)
                 return
             except CallInterrupted:
                 pass
@@ -405,7 +376,7 @@ class NotificationInterceptor:
         call = answer.call
         if not self._processes.has_signal(call.pid) or time.monotonic() >= answer.deadline:
             try:
-                call.listener.answer(call.id, answer.value)
+                call.answer(answer.value)
                 return
             except CallInterrupted:
                 pass
@@ -427,13 +398,6 @@ class NotificationInterceptor:
 
     # Descriptors
 
-    def duplicate(self, pid: int, fd: int) -> int:
-        """Return a copy of a thread's descriptor, by pidfd_getfd().
-
-        Raises OSError(EBADF) if the descriptor is not open.
-        """
-        return self._processes.duplicate(pid, fd)
-
     def shut_down(self, inode: int, insists: bool) -> bool:
         """Shut down a socket by a copy of the descriptor that /proc shows."""
         return self._processes.shut_down(inode)
@@ -443,27 +407,30 @@ class NotificationInterceptor:
         call: InterceptedCall,
         type_: int,
         data_calls: Served | None,
-        created: Callable[[int], None],
-    ) -> None:
+        created: Callable[[int, int], None],
+    ) -> int:
         """Create a socket here, and give the process a copy of it."""
-        with contextlib.closing(_socket.socket(AF_UNIX, type_ | SOCK_CLOEXEC)) as sock:
-            created(os.fstat(sock.fileno()).st_ino)
+        sock = _socket.socket(AF_UNIX, type_ | SOCK_CLOEXEC)
+        try:
+            created(os.fstat(sock.fileno()).st_ino, cookie_of(sock))
             close_on_exec = bool(type_ & SOCK_CLOEXEC)
-            self.answer_with_descriptor(call, sock.fileno(), close_on_exec, data_calls)
+            return self.answer_with_descriptor(call, sock.fileno(), close_on_exec, data_calls)
+        finally:
+            sock.close()
 
     def answer_with_descriptor(
         self, call: InterceptedCall, fd: int, close_on_exec: bool, data_calls: Served | None
-    ) -> None:
+    ) -> int:
         """Give the process a copy of ``fd``; for ``data_calls``, trace the process from then on."""
         assert isinstance(call, NotifiedCall)
         if data_calls is None or not self._may_trace(call, data_calls, is_new=True):
-            call.listener.answer_with_descriptor(call.id, fd, close_on_exec)
-            return
+            return call.listener.add_descriptor(call.id, fd, close_on_exec, _ADD_AND_ANSWER)
         number = call.listener.add_descriptor(call.id, fd, close_on_exec)
         if self._tracer.covers(call.pid, data_calls, number):
             self.conclude(call, number)
         else:
             self._cover(call, data_calls, [number], number)
+        return number
 
     # Data calls
 
@@ -475,7 +442,7 @@ class NotificationInterceptor:
         if not self._may_trace(call, data_calls, is_new=False):
             return True
         numbers = self._processes.numbers_of(call.pid, inode)
-        if not self.is_waiting(call):
+        if not call.is_waiting():
             raise CallInterrupted
         self._cover(call, data_calls, numbers or [descriptor], None)
         return False
@@ -529,7 +496,7 @@ class NotificationInterceptor:
         name = self._processes.executable(call.pid)
         text = f"{name} may not be traced (Yama's ptrace_scope, or it has a tracer): {effect}"
         with contextlib.suppress(OSError):  # it has ended, or has no standard error
-            self._processes.report(call.pid, text, self.duplicate, lambda: self.is_waiting(call))
+            self._processes.report(call.pid, text, self.duplicate, call.is_waiting)
 
     # The programs
 

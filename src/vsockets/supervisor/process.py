@@ -2,7 +2,7 @@
 
 A process can change at any time, or end and leave its number to another process.  Data read from a
 process are therefore only valid if the system call being served still waits *afterwards*
-(:meth:`.interception.Interceptor.is_waiting`).
+(:meth:`.interception.InterceptedCall.is_waiting`).
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from pathlib import Path
 from socket import AF_UNIX, SHUT_RDWR, SO_DOMAIN, SOCK_STREAM, SOL_SOCKET
 
 from .._linux.inspection import SYS_PIDFD_GETFD
-from .._linux.libc import libc
+from .._linux.libc import last_error, libc
 from .arch import Architecture
 
 _PIDFD_THREAD = os.O_EXCL  # Linux 6.9
@@ -35,7 +35,7 @@ _STDERR = 2
 #: Seconds that writing a message to a program's user may take.
 _PATIENCE = 2
 
-_READ, _WRITE = os.O_RDONLY | os.O_CLOEXEC, os.O_WRONLY | os.O_CLOEXEC
+_READ, _READ_WRITE = os.O_RDONLY | os.O_CLOEXEC, os.O_RDWR | os.O_CLOEXEC
 #: Bytes at the start of /proc/PID/stat that include the state.
 _STAT_TO_STATE = 64
 
@@ -113,8 +113,7 @@ class Processes:
             self._machine.process_vm_readv, pid, local, 1, self._remote_at, 1, _NO_FLAGS
         )
         if count < 0:
-            code = ctypes.get_errno()
-            raise OSError(code, os.strerror(code))
+            raise last_error()
         if size <= _SMALL:
             return self._small_view[:count].tobytes()
         return ctypes.string_at(buffer, count)
@@ -187,33 +186,30 @@ class Processes:
 
         Raises OSError(EBADF) if the descriptor is not open.
         """
-        pidfd, kept = self._pidfd(pid)
-        copy = self._get(pidfd, fd)
-        if copy < 0 and kept and ctypes.get_errno() == errno.ESRCH:
+        copy: int
+        pidfd = self._pidfds.get(pid)
+        if pidfd is not None:
+            copy = self._syscall(SYS_PIDFD_GETFD, pidfd, fd, 0)
+            if copy >= 0:
+                return copy
+            if ctypes.get_errno() != errno.ESRCH:
+                raise last_error()
             # The number belongs to a later process.
-            self._pidfds.pop(pid)
-            os.close(pidfd)
-            pidfd, kept = self._pidfd(pid)
-            copy = self._get(pidfd, fd)
-        code = ctypes.get_errno()
-        if not kept:
+            os.close(self._pidfds.pop(pid))
+        pidfd, is_kept = self._open_pidfd(pid)
+        copy = self._syscall(SYS_PIDFD_GETFD, pidfd, fd, 0)
+        error = last_error()
+        if not is_kept:
             os.close(pidfd)
         if copy < 0:
-            raise OSError(code, os.strerror(code))
+            raise error
         return copy
 
-    def _get(self, pidfd: int, fd: int) -> int:
-        copy: int = self._syscall(SYS_PIDFD_GETFD, pidfd, fd, 0)
-        return copy
-
-    def _pidfd(self, pid: int) -> tuple[int, bool]:
-        """Return a pidfd of a thread, and whether it is kept for later calls.
+    def _open_pidfd(self, pid: int) -> tuple[int, bool]:
+        """Open a pidfd of a thread; return it, and whether it is kept for later calls.
 
         The caller closes a pidfd that is not kept.
         """
-        kept = self._pidfds.get(pid)
-        if kept is not None:
-            return kept, True
         pidfd: int = self._syscall(self._machine.pidfd_open, pid, _PIDFD_THREAD)
         if pidfd < 0:  # before Linux 6.9, only the first thread of a process can have one
             pidfd = self._syscall(self._machine.pidfd_open, pid, 0)
@@ -289,8 +285,8 @@ class Processes:
 
         False if the kernel denies access.
         """
-        with contextlib.suppress(OSError):
-            if self._is_asleep(pid):
+        try:
+            if self._is_asleep(pid):  # nearly always
                 return False
             for _ in range(2):  # the thread may be woken between two reads
                 state, mine, shared, blocked = _status(
@@ -301,6 +297,8 @@ class Processes:
                 if state != b"S":
                     return True
             # Another thread of the process takes the signal.
+        except OSError:
+            pass
         return False
 
     def _is_asleep(self, pid: int) -> bool:
@@ -367,13 +365,31 @@ def _sleeps(stat: int) -> bool:
 
 
 def open_memory(pid: int) -> int:
-    """Open the memory that a process has now, for writing; return the descriptor.
+    """Open the memory that a process has now; return the descriptor.
 
     The descriptor still refers to that memory after the process has executed another program.
 
     Raises OSError if the process has ended.
     """
-    return os.open(f"/proc/{pid}/mem", _WRITE)
+    return os.open(f"/proc/{pid}/mem", _READ_WRITE)
+
+
+def read_memory(memory: int, address: int, size: int) -> bytes:
+    """Read from ``memory``, an open ``/proc/PID/mem``.
+
+    Raises OSError(EFAULT) unless all ``size`` bytes could be read.
+    """
+    try:
+        data = os.pread(memory, size, address)
+    except OverflowError:  # beyond the addresses of a process
+        data = b""
+    except OSError as error:
+        if error.errno != errno.EIO:
+            raise
+        data = b""
+    if len(data) != size:
+        raise OSError(errno.EFAULT, os.strerror(errno.EFAULT))
+    return data
 
 
 def write_memory(memory: int, address: int, data: bytes) -> bool:

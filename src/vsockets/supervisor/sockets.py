@@ -10,13 +10,12 @@ from __future__ import annotations
 import _socket
 import os
 import struct
-from collections import OrderedDict, deque
+from collections import OrderedDict
 from socket import AF_UNIX, SOCK_DGRAM, SOCK_SEQPACKET
 from typing import NamedTuple
 
-from .._linux.sockets import cookie_of
 from ..limits import CONNECT_TIMEOUT_SECONDS
-from ..model.buffers import DEFAULT_SIZES, BufferSizes
+from ..model.buffers import DEFAULT_SIZES
 from ..model.constants import AF_VSOCK
 from ..protocol import Record
 from ..socket import UNBOUND, Phase
@@ -53,9 +52,17 @@ def unpack_address(data: bytes) -> tuple[int, int] | None:
 
 #: The socket types whose data calls are served.
 SERVED = {int(SOCK_DGRAM): Served.DATAGRAM, int(SOCK_SEQPACKET): Served.PACKET}
+_DATAGRAM = int(SOCK_DGRAM)
+_NEW, _CONNECTED = Phase.NEW, Phase.CONNECTED
+#: Descriptors of threads whose sockets are remembered.
+_EXPECTED = 1024
 
 #: Phases before a connect has succeeded or finally failed.
 UNCONNECTED = (Phase.NEW, Phase.BOUND, Phase.LISTENING, Phase.CONNECTING)
+
+
+#: The descriptor of an accepted stream, and vsockd's record of it.
+Stream = tuple[int, Record]
 
 
 class Received(NamedTuple):
@@ -82,6 +89,7 @@ class Endpoint:
         "inode",
         "interrupted",
         "is_attached",
+        "is_datagram",
         "is_shut",
         "local",
         "peer",
@@ -89,16 +97,20 @@ class Endpoint:
         "received",
         "record",
         "send_buffer",
+        "served",
         "type",
     )
 
     def __init__(self, type_: int, inode: int, cookie: int = 0) -> None:
         self.type = type_
+        self.is_datagram = type_ == _DATAGRAM
+        #: The kind of the socket if the supervisor serves its data calls, or None.
+        self.served = SERVED.get(type_)
         self.inode = inode
         #: 0 until the supervisor has a copy of the socket for the first time, as every call does
         #: that asks vsockd for something.
         self.cookie = cookie
-        self.phase = Phase.NEW
+        self.phase = _NEW
         self.local = UNBOUND
         self.peer: tuple[int, int] | None = None
         self.buffers = DEFAULT_SIZES
@@ -114,23 +126,14 @@ class Endpoint:
         self.send_buffer = 0  #: SO_SNDBUF before a non-blocking connect, in bytes
         #: Options of other families, by level and name: accepted without effect.
         self.ignored: dict[tuple[int, int], bytes] = {}
+        # Nearly always empty, so no deques, each of which takes half a kilobyte.
         #: Connections accepted for a program that was interrupted before it got them.
-        self.accepted: deque[tuple[int, Record]] = deque()
+        self.accepted: list[Stream] = []
         #: vsockd's accepted connections that have not delivered their stream yet.
-        self.arriving: deque[_socket.socket] = deque()
+        self.arriving: list[_socket.socket] = []
         #: Messages received for a program that was interrupted before it got them.
-        self.received: deque[Received] = deque()
+        self.received: list[Received] = []
         self.is_shut = False  #: whether shutdown() was called, for any direction
-
-    @property
-    def served(self) -> Served | None:
-        """The kind of the socket if the supervisor serves its data calls, or None."""
-        return SERVED.get(self.type)
-
-    @property
-    def is_datagram(self) -> bool:
-        """True for a datagram socket."""
-        return self.type == SOCK_DGRAM
 
     def establish(self, record: Record) -> None:
         """Enter the state CONNECTED, with the addresses and sizes of vsockd's ``record``."""
@@ -138,10 +141,8 @@ class Endpoint:
             self.holder.close()
             self.holder = None
         self.record = record
-        self.local = record.local
-        self.peer = record.peer
-        self.buffers = BufferSizes(record.size, record.minimum, record.maximum)
-        self.phase = Phase.CONNECTED
+        self.local, self.peer, self.buffers = record.ends
+        self.phase = _CONNECTED
         self.is_attached = True
 
     def fail(self, code: int, polled: bool) -> None:
@@ -166,6 +167,7 @@ class Sockets:
 
     def __init__(self) -> None:
         self._known: OrderedDict[int, Endpoint | None] = OrderedDict()
+        self._expected: dict[tuple[int, int], Endpoint] = {}  # by thread and descriptor
 
     def add(self, inode: int, endpoint: Endpoint | None) -> None:
         """Add a socket, with None as its ``endpoint`` unless it is a vSockets socket."""
@@ -173,10 +175,10 @@ class Sockets:
         if len(self._known) > SUPERVISOR_SOCKETS_MAX:
             self._drop_one()
 
-    def adopt(self, sock: _socket.socket, type_: int) -> Endpoint:
-        """Add a new vSockets socket that a program is about to get."""
-        inode = os.fstat(sock.fileno()).st_ino
-        endpoint = Endpoint(type_, inode, cookie_of(sock))
+    def adopt(self, fd: int, type_: int) -> Endpoint:
+        """Add a new vSockets socket, ``fd``, that a program is about to get."""
+        inode = os.fstat(fd).st_ino
+        endpoint = Endpoint(type_, inode)
         self.add(inode, endpoint)
         return endpoint
 
@@ -194,6 +196,25 @@ class Sockets:
         """
         self._known.move_to_end(inode)
         return self._known[inode]
+
+    def expect(self, pid: int, descriptor: int, endpoint: Endpoint) -> None:
+        """Expect that a thread's descriptor is this socket at its next call, too."""
+        if endpoint.served is None:
+            if len(self._expected) >= _EXPECTED:
+                self._expected.clear()
+            self._expected[pid, descriptor] = endpoint
+
+    def expected(self, pid: int, descriptor: int) -> Endpoint | None:
+        """Return the socket that a thread's descriptor was at a call before, if it is kept.
+
+        The caller checks by a copy that it still is (:meth:`.call.Call.duplicate`), which costs
+        less than a link of /proc.
+        """
+        endpoint = self._expected.get((pid, descriptor))
+        if endpoint is None or self._known.get(endpoint.inode) is not endpoint:
+            return None
+        self._known.move_to_end(endpoint.inode)
+        return endpoint
 
     def inode_of(self, cookie: int) -> int:
         """Return the inode of the vSockets socket with this cookie, or 0 if it is not known."""

@@ -17,8 +17,8 @@ from ..attachment import Attachment
 from ..protocol import Record, Role, client
 from ..socket import Phase
 from .arch import Architecture
-from .call import Answer, Call, QuickHandler, Services, Serving, SocketHandler
-from .calls import ARGUMENTS, CHECKING, HANDLERS, PATHS, QUICK_HANDLERS, SOCKET_HANDLERS
+from .call import Answer, Call, OtherSocket, Services, Serving, SocketHandler
+from .calls import ARGUMENTS, CHECKING, DUPLICATING, HANDLERS, PATHS, SOCKET_HANDLERS
 from .calls.creating import DEVICE
 from .filter import Rule, Served
 from .interception import (
@@ -38,14 +38,60 @@ log = logging.getLogger(__name__)
 
 
 class _Task:
-    """A call served by a coroutine that waits."""
+    """The coroutine that serves a call, and its current wait."""
 
-    __slots__ = ("call", "coroutine", "key")
+    __slots__ = ("_call", "_coroutine", "_interceptor", "_is_suspended", "_key", "_scheduler")
 
-    def __init__(self, call: Call, coroutine: Serving) -> None:
-        self.call = call
-        self.coroutine = coroutine
-        self.key = 0
+    def __init__(self, scheduler: CoroutineScheduler, call: Call, coroutine: Serving) -> None:
+        self._scheduler = scheduler
+        self._interceptor = call.services.interceptor
+        self._call = call
+        self._coroutine = coroutine
+        self._key = 0  #: of the wait
+        self._is_suspended = False  #: whether the thread waits, too
+
+    def run(self, value: bool | CallInterrupted | None = None) -> None:
+        """Begin the coroutine, or resume it with the result of its wait."""
+        try:
+            if isinstance(value, CallInterrupted):
+                wait = self._coroutine.throw(value)
+            else:
+                wait = self._coroutine.send(value)  # type: ignore[arg-type]  # None begins
+        except StopIteration as stop:
+            if stop.value is not None and not self._call.answered:
+                self._call.conclude(stop.value)
+        except Exception as error:
+            self._call.fail(error)
+        else:
+            self._wait(wait)
+
+    def _wait(self, wait: Wait) -> None:
+        call = self._call
+        self._is_suspended = not call.answered  # else the thread runs on already
+        try:
+            self._key = self._scheduler.add(wait, self._on_event)
+        except OSError as error:  # no memory, or no room in the epoll
+            self._coroutine.close()
+            call.fail(error)
+            return
+        if not self._is_suspended:
+            return
+        if call.is_shielded or wait.defers_signals:
+            interruption = Interruption.DEFER
+        else:
+            interruption = Interruption.RESTART if wait.seconds is None else Interruption.FAIL
+        self._interceptor.suspend(call.intercepted, interruption, self._on_signal)
+
+    def _on_event(self, happened: bool) -> None:
+        if not self._is_suspended or self._interceptor.resume(
+            self._call.intercepted, functools.partial(self.run, happened)
+        ):
+            self.run(happened)
+
+    def _on_signal(self) -> None:
+        """End the wait: a signal has interrupted the call."""
+        self._scheduler.cancel(self._key)
+        self.run(CallInterrupted())
 
 
 class Supervisor:
@@ -70,11 +116,11 @@ class Supervisor:
         self._sockets = Sockets()
         self._handlers = {getattr(architecture, name): serve for name, serve in HANDLERS.items()}
         self._paths = {getattr(architecture, name): argument for name, argument in PATHS.items()}
-        self._quick = {getattr(architecture, name): serve for name, serve in QUICK_HANDLERS.items()}
         self._socket_handlers = {
             getattr(architecture, name): serve for name, serve in SOCKET_HANDLERS.items()
-        } | {number: _in_coroutine(serve) for number, serve in self._quick.items()}
+        }
         self._checking = {getattr(architecture, name) for name in CHECKING}
+        self._duplicating = {getattr(architecture, name) for name in DUPLICATING}
         self._reported_unsupported: set[int] = set()
         surroundings = Surroundings(
             architecture,
@@ -154,65 +200,78 @@ class Supervisor:
     # Calls
 
     def _serve(self, intercepted: InterceptedCall) -> None:
-        """Serve a call, or start the coroutine that serves it."""
+        """Serve a call, or begin the coroutine that serves it."""
+        call = Call(self._services, intercepted)
         try:
-            self._dispatch(intercepted)
-        except CallInterrupted:
-            pass
-        except Exception:  # a defect of the supervisor; the program must not wait for ever
-            log.exception("call %d of thread %d failed", intercepted.number, intercepted.pid)
-            with contextlib.suppress(CallInterrupted, OSError):
-                self.interceptor.answer(intercepted, -errno.EIO)
+            answer = self._dispatch(call)
+            if isinstance(answer, int):
+                call.conclude(answer)
+            elif answer is not None:
+                _Task(self.scheduler, call, answer).run()
+        except Exception as error:
+            call.fail(error)
 
-    def _dispatch(self, intercepted: InterceptedCall) -> None:
+    def _dispatch(self, call: Call) -> Answer | Serving:
+        intercepted = call.intercepted
         if intercepted.architecture != self._architecture.architecture:
             self._kill_unsupported(intercepted)
-            return
-        pid, number = intercepted.pid, intercepted.number
+            return None
+        number = intercepted.number
         serve = self._socket_handlers.get(number)
         if serve is None:
-            self._dispatch_other(intercepted)
-            return
-        inode = self._inode_of(pid, intercepted.arguments[0])
+            return self._dispatch_other(call)
+        if number not in self._duplicating:
+            return self._dispatch_by_link(call, serve)
+        descriptor = call.arguments[0] & 0xFFFF_FFFF
+        expected = self._sockets.expected(call.pid, descriptor)
+        if expected is not None:
+            try:
+                return serve(call, expected)
+            except OtherSocket:
+                pass
+        return self._dispatch_by_link(call, serve)
+
+    def _dispatch_by_link(self, call: Call, serve: SocketHandler) -> Answer | Serving:
+        """Serve a call on the socket that /proc shows."""
+        descriptor = call.arguments[0] & 0xFFFF_FFFF
+        inode = inode_in(self._processes.what_is(call.pid, descriptor))
         if inode is None:  # not a socket, or not open: the kernel has the right error
-            self.interceptor.let_through(intercepted)
-            return
+            call.let_through()
+            return None
         try:
             endpoint = self._sockets.find(inode)
         except KeyError:
-            call = Call(self._services, intercepted)
-            self._start(call, self._recognise(call, inode, serve))
-            return
+            return self._recognise(call, inode, serve)
         if endpoint is None:
-            self.interceptor.let_through(intercepted)
-        else:
-            call = Call(self._services, intercepted)
-            if endpoint.served is not None:
-                call.check()  # the descriptor was the caller's
-                if not self._intercepts_data(call, endpoint):
-                    return
-            elif number not in self._checking:
-                call.check()
-            self._begin(call, endpoint, serve)
+            call.let_through()
+            return None
+        if endpoint.served is not None:
+            call.check()  # the descriptor was the caller's
+            if not self._intercepts_data(call, endpoint):
+                return None
+        elif call.intercepted.number in self._duplicating:
+            self._sockets.expect(call.pid, descriptor, endpoint)
+        elif call.intercepted.number not in self._checking:
+            call.check()
+        return serve(call, endpoint)
 
-    def _dispatch_other(self, intercepted: InterceptedCall) -> None:
+    def _dispatch_other(self, call: Call) -> Answer | Serving:
         """Serve a call whose first argument is not a socket."""
-        pid, number = intercepted.pid, intercepted.number
+        number = call.intercepted.number
         path = self._paths.get(number)
         # Most calls are about other files: look at the path first.  If it is changed
         # afterwards, the program gets the machine's device, whose only use is by ioctls that
         # are intercepted on every descriptor.
         if path is not None and not self._processes.begins_with(
-            pid, intercepted.arguments[path], DEVICE
+            call.pid, call.arguments[path], DEVICE
         ):
-            self.interceptor.let_through(intercepted)
-            return
+            call.let_through()
+            return None
         if number in self._beginning:
-            if self.interceptor.begin_socket_calls(intercepted):
-                self.interceptor.let_through(intercepted)
-            return
-        call = Call(self._services, intercepted)
-        self._start(call, self._handlers[number](call))
+            if self.interceptor.begin_socket_calls(call.intercepted):
+                call.let_through()
+            return None
+        return self._handlers[number](call)
 
     def _inode_of(self, pid: int, descriptor: int) -> int | None:
         return inode_in(self._processes.what_is(pid, descriptor & 0xFFFF_FFFF))
@@ -225,76 +284,6 @@ class Supervisor:
         served = endpoint.served
         assert served is not None
         return self.interceptor.intercepts_data(call.intercepted, served, endpoint.inode)
-
-    def _begin(self, call: Call, endpoint: Endpoint, serve: SocketHandler) -> None:
-        """Serve a call on a vSockets socket, at once or by a coroutine."""
-        quick = self._quick.get(call.intercepted.number)
-        if quick is None:
-            self._start(call, serve(call, endpoint))
-            return
-        try:
-            value = quick(call, endpoint)
-        except OSError as error:
-            value = -(error.errno or errno.EIO)
-        # Not kept for the case of a signal: the thread repeats the call, and it is served again.
-        call.answer(value)
-
-    # Coroutines of calls
-
-    def _start(self, call: Call, coroutine: Serving) -> None:
-        self._resume(_Task(call, coroutine), None)
-
-    def _resume(self, task: _Task, value: bool | CallInterrupted | None) -> None:
-        call = task.call
-        try:
-            if isinstance(value, CallInterrupted):
-                wait = task.coroutine.throw(value)
-            else:
-                wait = task.coroutine.send(value)  # type: ignore[arg-type]  # None begins
-        except StopIteration as stop:
-            if stop.value is not None and not call.answered:
-                call.conclude(stop.value)
-        except CallInterrupted:
-            pass
-        except OSError as error:
-            if not call.answered:
-                call.conclude(-(error.errno or errno.EIO))
-        except Exception:
-            log.exception("call %d of thread %d failed", call.intercepted.number, call.pid)
-            if not call.answered:
-                call.conclude(-errno.EIO)
-        else:
-            self._suspend(task, wait)
-
-    def _suspend(self, task: _Task, wait: Wait) -> None:
-        call = task.call
-        is_suspended = not call.answered
-
-        def resume(happened: bool) -> None:
-            if not is_suspended or self.interceptor.resume(
-                call.intercepted, lambda: self._resume(task, happened)
-            ):
-                self._resume(task, happened)
-
-        try:
-            task.key = self.scheduler.add(wait, resume)
-        except OSError as error:  # no memory, or no room in the epoll
-            task.coroutine.close()
-            if not call.answered:
-                call.conclude(-(error.errno or errno.EIO))
-            return
-        if not is_suspended:  # the thread runs on already
-            return
-        if call.is_shielded or wait.defers_signals:
-            interruption = Interruption.DEFER
-        else:
-            interruption = Interruption.RESTART if wait.seconds is None else Interruption.FAIL
-        self.interceptor.suspend(call.intercepted, interruption, lambda: self._interrupt(task))
-
-    def _interrupt(self, task: _Task) -> None:
-        """End a task's wait: a signal has interrupted its call."""
-        self.scheduler.cancel(task.key)
-        self._resume(task, CallInterrupted())
 
     # Sockets
 
@@ -315,7 +304,8 @@ class Supervisor:
             return None
         if endpoint.served is not None and not self._intercepts_data(call, endpoint):
             return None
-        return await serve(call, endpoint)
+        answer = serve(call, endpoint)
+        return answer if answer is None or isinstance(answer, int) else await answer
 
     async def _identify(self, fd: int, inode: int, check: Callable[[], None]) -> Endpoint | None:
         """Return the vSockets socket of which ``fd`` is a copy, or None; close ``fd``."""
@@ -358,7 +348,6 @@ class Supervisor:
     def _kill_unsupported(self, intercepted: InterceptedCall) -> None:
         """Kill a process whose system call numbers have other meanings, and report it once."""
         pid = intercepted.pid
-        is_waiting = functools.partial(self.interceptor.is_waiting, intercepted)
         # OSError: the process has ended.
         with contextlib.suppress(OSError), self._processes.opened(pid) as pidfd:
             if pid not in self._reported_unsupported:
@@ -366,18 +355,11 @@ class Supervisor:
                 name = self._processes.executable(pid)
                 text = f"{name}: 32-bit programs are not supported; killed"
                 with contextlib.suppress(OSError):  # the process has no standard error
-                    self._processes.report(pid, text, self.interceptor.duplicate, is_waiting)
-            if is_waiting():  # so the pidfd is this process's
+                    self._processes.report(
+                        pid, text, self.interceptor.duplicate, intercepted.is_waiting
+                    )
+            if intercepted.is_waiting():  # so the pidfd is this process's
                 signal.pidfd_send_signal(pidfd, signal.SIGKILL)
-
-
-def _in_coroutine(serve: QuickHandler) -> SocketHandler:
-    """Return a coroutine handler that calls ``serve``, a handler that never waits."""
-
-    async def served(call: Call, endpoint: Endpoint) -> Answer:
-        return serve(call, endpoint)
-
-    return served
 
 
 def _always() -> None:

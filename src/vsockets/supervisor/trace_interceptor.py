@@ -80,14 +80,27 @@ _TRIES, _A_MOMENT = 1000, 0.01
 class StoppedCall(InterceptedCall):
     """A call that a thread has stopped at."""
 
-    __slots__ = ("thread",)
+    __slots__ = ("_interceptor", "thread")
 
-    def __init__(self, thread: Thread, call: SystemCall) -> None:
+    def __init__(self, interceptor: TraceInterceptor, thread: Thread, call: SystemCall) -> None:
         arguments = call.arguments
         super().__init__(
             0, thread.number, call.number, call.architecture, call.instruction, arguments
         )
+        self._interceptor = interceptor
         self.thread = thread
+
+    def is_waiting(self) -> bool:
+        """Return whether the call still waits."""
+        return self.thread.intercepted is self
+
+    def answer(self, value: int) -> None:
+        """Let the call return ``value``, or fail if ``value`` is a negative errno."""
+        self._interceptor.answer(self, value)
+
+    def let_through(self) -> None:
+        """Let the kernel perform the call."""
+        self._interceptor.let_through(self)
 
 
 class Process:
@@ -177,11 +190,6 @@ class TraceInterceptor:
 
     # One call
 
-    def is_waiting(self, call: InterceptedCall) -> bool:
-        """Return whether a call still waits."""
-        assert isinstance(call, StoppedCall)
-        return call.thread.intercepted is call
-
     def answer(self, call: InterceptedCall, value: int) -> None:
         """Let a call return ``value``, or fail if ``value`` is a negative errno."""
         thread = self._thread_of(call)
@@ -253,8 +261,8 @@ class TraceInterceptor:
         call: InterceptedCall,
         type_: int,
         data_calls: Served | None,
-        created: Callable[[int], None],
-    ) -> None:
+        created: Callable[[int, int], None],
+    ) -> int:
         """Let the thread make a unix socket, and return its number from its call."""
         thread = self._thread_of(call)
         number = self._injector.checked(thread, self._machine.socket, AF_UNIX, type_, 0)
@@ -262,16 +270,18 @@ class TraceInterceptor:
         if inode is None:  # the process has ended, or may not be inspected
             self._injector.call(thread, self._machine.close, number)
             raise OSError(errno.EPERM, os.strerror(errno.EPERM))
-        created(inode)
+        created(inode, 0)
         self._finish_with(call, thread, number, data_calls)
+        return number
 
     def answer_with_descriptor(
         self, call: InterceptedCall, fd: int, close_on_exec: bool, data_calls: Served | None
-    ) -> None:
+    ) -> int:
         """Give the process a copy of ``fd``, and let the call return its number."""
         thread = self._thread_of(call)
         number = self._descriptors.give(thread, fd, close_on_exec)
         self._finish_with(call, thread, number, data_calls)
+        return number
 
     def _finish_with(
         self, call: InterceptedCall, thread: Thread, number: int, data_calls: Served | None
@@ -486,7 +496,7 @@ class TraceInterceptor:
         return True
 
     def _begin_call(self, thread: Thread, call: SystemCall) -> None:
-        thread.intercepted = StoppedCall(thread, call)
+        thread.intercepted = StoppedCall(self, thread, call)
         self._deliver(thread.intercepted)
 
     def _refuse_to_trace(self, thread: Thread, call: SystemCall) -> None:

@@ -63,12 +63,25 @@ _Script = Generator[_Then, Stop, None]
 class TracedCall(InterceptedCall):
     """A call that a thread has stopped before."""
 
-    __slots__ = ("thread",)
+    __slots__ = ("_tracer", "thread")
 
-    def __init__(self, thread: Tracee, call: SystemCall) -> None:
+    def __init__(self, tracer: Tracer, thread: Tracee, call: SystemCall) -> None:
         number, architecture, instruction, arguments, _ = call
         super().__init__(0, thread.number, number, architecture, instruction, arguments)
+        self._tracer = tracer
         self.thread = thread
+
+    def is_waiting(self) -> bool:
+        """Return whether the call still waits for its answer."""
+        return self.thread.call is self
+
+    def answer(self, value: int) -> None:
+        """Skip the call, and let it return ``value``."""
+        self._tracer.answer(self.thread, value)
+
+    def let_through(self) -> None:
+        """Let the kernel perform the call."""
+        self._tracer.let_through(self.thread)
 
 
 class Tracee:
@@ -198,11 +211,6 @@ class Tracer:
 
     # Answers to calls
 
-    @staticmethod
-    def is_waiting(call: TracedCall) -> bool:
-        """Return whether a call still waits for its answer."""
-        return call.thread.call is call
-
     def answer(self, thread: Tracee, value: int) -> None:
         """Skip the call that a thread has stopped before, and let it return ``value``."""
         if thread.asleep is not None:
@@ -300,7 +308,7 @@ class Tracer:
         if self._copies(call):
             self._begin(thread, self._follow_copy(thread, call))
             return
-        thread.call = traced = TracedCall(thread, call)
+        thread.call = traced = TracedCall(self, thread, call)
         self._deliver(traced)
 
     def _copies(self, call: SystemCall) -> bool:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import _socket
 import contextlib
 import errno
+import functools
 import os
 import secrets
 import select
@@ -30,7 +31,9 @@ from socket import (
     SOCK_SEQPACKET,
     SOL_SOCKET,
 )
+from typing import TypeVar, TypeVarTuple
 
+from .._linux.libc import libc
 from .._linux.sockets import TIMEVAL, with_descriptor
 from ..attachment import Attachment, receive_reply, send_request
 from ..limits import VSOCKD_REPLY_TIMEOUT_SECONDS
@@ -42,12 +45,17 @@ from .limits import (
     SUPERVISOR_RECONNECT_SECONDS,
     SUPERVISOR_REPLY_GRACE_SECONDS,
 )
+from .process import Processes
 from .scheduler import HUNG_UP, CoroutineScheduler, pause, ready
+
+T = TypeVar("T")
+Ts = TypeVarTuple("Ts")
 
 SEND = int(MSG_DONTWAIT | MSG_NOSIGNAL)
 _TAKE = int(MSG_DONTWAIT | MSG_CMSG_CLOEXEC)
 #: The shortest possible SO_SNDTIMEO: the kernel rounds it up to one tick.
 _ONE_TICK = TIMEVAL.pack(0, 1)
+_set_option, _SOCKET_LEVEL = libc.setsockopt, int(SOL_SOCKET)
 #: Credentials to send a request with: process, user and group.
 Credentials = tuple[int, int, int]
 _UCRED = struct.Struct("=iII")
@@ -72,8 +80,8 @@ class VsockdClient:
         self._not_before = 0.0  #: ``time.monotonic`` from when :meth:`await_briefly` waits again
         self._sendable = _sendable()
 
-    def sender(self, read: Callable[[], Credentials]) -> Credentials | None:
-        """Return the credentials to send a program's request with, or None for the supervisor's.
+    def sender(self, processes: Processes, pid: int) -> Credentials | None:
+        """Return the credentials to send a request of a thread with, or None for the supervisor's.
 
         vsockd judges a request by the rights of the process that the kernel reports as its writer.
         The supervisor of root may name the program, which may have fewer rights, as the writer; in
@@ -81,8 +89,10 @@ class VsockdClient:
         """
         if self._sendable is Sendable.OWN:
             return None
-        process, user, group = read()
-        return process if self._sendable is Sendable.PROCESSES else os.getpid(), user, group
+        credentials = processes.credentials(pid)
+        if self._sendable is Sendable.USERS:
+            credentials = os.getpid(), *credentials[1:]
+        return credentials
 
     def attach(self, sock: _socket.socket, type_: int, blocks: bool) -> bool:
         """Connect a program's socket to the control socket of its type, if vsockd has room.
@@ -97,8 +107,7 @@ class VsockdClient:
             if self._backlog_full:  # ask with a socket that cannot block
                 with contextlib.closing(_own_socket(type_)) as probe:
                     self._context.open_channel(probe, type_)
-            with BriefBlocking(sock, SO_SNDTIMEO, blocks):
-                self._context.open_channel(sock, type_)
+            call_briefly(sock, SO_SNDTIMEO, blocks, self._context.open_channel, sock, type_)
         except OSError as error:
             if error.errno != errno.ENOBUFS:
                 raise
@@ -107,18 +116,20 @@ class VsockdClient:
             self._backlog_full = False
         return not self._backlog_full
 
-    def await_briefly(self, sock: _socket.socket) -> None:
-        """Block for a moment until vsockd's reply can be received from ``sock``.
+    def await_briefly(self, sock: _socket.socket) -> bool:
+        """Block for a moment until vsockd's message can be received from ``sock``.
 
-        That saves the registration in an epoll.  While vsockd replies later, the supervisor does
-        not block: other calls are served meanwhile.
+        Returns whether it can.  That saves the registration in an epoll.  While vsockd sends
+        later, the supervisor does not block: other calls are served meanwhile.
         """
         if time.monotonic() < self._not_before:
-            return
+            return False
         poll = select.poll()
         poll.register(sock.fileno(), select.POLLIN)
-        if not poll.poll(SUPERVISOR_REPLY_GRACE_SECONDS * 1000):
-            self._not_before = time.monotonic() + SUPERVISOR_LATE_REPLY_SECONDS
+        if poll.poll(SUPERVISOR_REPLY_GRACE_SECONDS * 1000):
+            return True
+        self._not_before = time.monotonic() + SUPERVISOR_LATE_REPLY_SECONDS
+        return False
 
     async def request(
         self, credentials: Credentials | None, request: bytes, fd: int | None = None
@@ -204,29 +215,24 @@ def _own_socket(type_: int) -> _socket.socket:
     return _socket.socket(AF_UNIX, type_ | SOCK_CLOEXEC | SOCK_NONBLOCK)
 
 
-class BriefBlocking:
-    """A context manager that limits blocking calls on a program's socket to one kernel tick.
+def call_briefly(
+    sock: _socket.socket, option: int, blocks: bool, function: Callable[[*Ts], T], *arguments: *Ts
+) -> T:
+    """Call a function that uses a program's socket, and block for at most one kernel tick.
 
     ``option`` is SO_SNDTIMEO for a connect, SO_RCVTIMEO for an accept; ``blocks`` is whether the
     socket is a blocking one.  O_NONBLOCK would not do: the program shares it, and one of its
     threads might change it meanwhile.
     """
-
-    __slots__ = ("_before", "_blocks", "_option", "_sock")
-
-    def __init__(self, sock: _socket.socket, option: int, blocks: bool) -> None:
-        self._sock = sock
-        self._option = option
-        self._blocks = blocks
-
-    def __enter__(self) -> None:
-        if self._blocks:
-            self._before = self._sock.getsockopt(SOL_SOCKET, self._option, TIMEVAL.size)
-            self._sock.setsockopt(SOL_SOCKET, self._option, _ONE_TICK)
-
-    def __exit__(self, *failure: object) -> None:
-        if self._blocks:
-            self._sock.setsockopt(SOL_SOCKET, self._option, self._before)
+    if not blocks:
+        return function(*arguments)
+    before = sock.getsockopt(SOL_SOCKET, option, TIMEVAL.size)
+    # Python's setsockopt() takes bytes for a number first, and then for None, by an exception each.
+    _set_option(sock.fileno(), _SOCKET_LEVEL, option, _ONE_TICK, TIMEVAL.size)
+    try:
+        return function(*arguments)
+    finally:
+        _set_option(sock.fileno(), _SOCKET_LEVEL, option, before, TIMEVAL.size)
 
 
 async def receive_record(
@@ -246,12 +252,10 @@ async def receive_record(
                 raise OSError(errno.ETIMEDOUT, os.strerror(errno.ETIMEDOUT)) from None
 
 
-def take_record(sock: _socket.socket) -> tuple[Record, int | None]:
-    """Return vsockd's reply, and the descriptor received with it, if they have arrived.
-
-    Raises OSError with the errno of the reply, BlockingIOError if none has arrived.
-    """
-    return receive_reply(sock, _TAKE)
+#: Return vsockd's reply, and the descriptor received with it, if they have arrived.
+#:
+#: Raises OSError with the errno of the reply, BlockingIOError if none has arrived.
+take_record = functools.partial(receive_reply, flags=_TAKE)
 
 
 def may_be_registered(sock: _socket.socket) -> bool:

@@ -2,6 +2,7 @@
 #define _GNU_SOURCE
 #include "vmci_sockets.h"
 #include <errno.h>
+#include <fcntl.h>
 #include <stdio.h>
 #include <string.h>
 
@@ -34,6 +35,13 @@ int main(void)
     TRY(getsockopt(fd, 40, SO_VMCI_BUFFER_SIZE, &value, &size));
     TRY(listen(fd, 1));
     TRY(accept4(fd, NULL, NULL, 12345));
+    /* accept() waits for a connection first. */
+    struct sockaddr_vm server;
+    int client = socket(40, SOCK_STREAM, 0);
+    size = sizeof server;
+    TRY(getsockname(fd, (struct sockaddr *)&server, &size));
+    fcntl(client, F_SETFL, O_NONBLOCK);
+    TRY(connect(client, (struct sockaddr *)&server, size));
     TRY(accept(fd, address, NULL));
     TRY(shutdown(fd, SHUT_RDWR));
     TRY(connect(fd, address, sizeof any));

@@ -1,16 +1,15 @@
 """Handlers of the intercepted system calls, a module for each family of them.
 
 ``HANDLERS`` are those of calls that create descriptors or take a path, ``SOCKET_HANDLERS`` those of
-calls with a socket as their first argument.  ``QUICK_HANDLERS`` are the latter's counterparts for
-calls that never wait and may be served twice.  ``CHECKING`` names the calls whose handlers check by
-themselves, before any effect, that the call still waits.  ``ARGUMENTS`` are the numbers of
-arguments, ``PATHS`` the indexes of the path.  All are keyed by the call's name, an attribute of
-``Architecture``.
+calls with a socket as their first argument.  ``CHECKING`` names the calls whose handlers check by
+themselves, before any effect, that the call still waits.  Those of ``DUPLICATING`` also get a copy
+of the socket before they look at its state.  ``ARGUMENTS`` are the numbers of arguments, ``PATHS``
+the indexes of the path.  All are keyed by the call's name, an attribute of ``Architecture``.
 """
 
 from __future__ import annotations
 
-from ..call import Handler, QuickHandler, SocketHandler
+from ..call import Handler, SocketHandler
 from .addresses import bind, getpeername, getsockname
 from .connecting import accept, accept4, connect, listen, shutdown
 from .creating import (
@@ -60,6 +59,8 @@ SOCKET_HANDLERS: dict[str, SocketHandler] = {
     "accept": accept,
     "accept4": accept4,
     "connect": connect,
+    "getsockname": getsockname,
+    "getpeername": getpeername,
     "shutdown": shutdown,
     "setsockopt": setsockopt,
     "getsockopt": getsockopt,
@@ -73,12 +74,8 @@ SOCKET_HANDLERS: dict[str, SocketHandler] = {
     "recvmmsg": recvmmsg,
 }
 
-QUICK_HANDLERS: dict[str, QuickHandler] = {
-    "getsockname": getsockname,
-    "getpeername": getpeername,
-}
-
-CHECKING = ("accept", "accept4", "connect", *QUICK_HANDLERS)
+DUPLICATING = ("accept", "accept4", "connect")
+CHECKING = (*DUPLICATING, "getsockname", "getpeername")
 
 ARGUMENTS = {
     "socket": 3,

@@ -41,15 +41,19 @@ def _is_privileged(call: Call) -> bool:
     return is_so
 
 
-def getsockname(call: Call, endpoint: Endpoint) -> int:
+def getsockname(call: Call, endpoint: Endpoint) -> None:
     """Serve getsockname(): VMADDR_CID_ANY and VMADDR_PORT_ANY while the socket is not bound."""
-    call.write(*call.address_pieces(endpoint.local, *call.arguments[1:3]))
-    return 0
+    _answer(call, endpoint.local)
 
 
-def getpeername(call: Call, endpoint: Endpoint) -> int:
+def getpeername(call: Call, endpoint: Endpoint) -> None:
     """Serve getpeername(): ENOTCONN before a connect and after a shutdown."""
     if endpoint.peer is None or endpoint.is_shut:
         raise failure(errno.ENOTCONN)
-    call.write(*call.address_pieces(endpoint.peer, *call.arguments[1:3]))
-    return 0
+    _answer(call, endpoint.peer)
+
+
+def _answer(call: Call, found: tuple[int, int]) -> None:
+    call.write_address(found, call.arguments[1], call.arguments[2])
+    # Not kept for the case of a signal: the thread repeats the call, and it is served again.
+    call.answer(0)

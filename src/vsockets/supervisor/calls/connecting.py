@@ -41,22 +41,32 @@ from ...limits import (
 from ...model.constants import VMADDR_CID_ANY
 from ...protocol import Record, client
 from ...socket import Phase
-from ..call import Answer, Call, failure
+from ..call import Answer, Call, Serving, failure
 from ..interception import CallInterrupted
 from ..limits import SUPERVISOR_CONNECT_GRACE_SECONDS, SUPERVISOR_FORCED_SEND_BUFFER_MAX_BYTES
-from ..scheduler import lent, ready
-from ..sockets import Endpoint, pack_address
-from ..vsockd_client import SEND, BriefBlocking, Credentials, receive_record, send, take_record
+from ..scheduler import Wait, lent, ready
+from ..sockets import Endpoint, Stream
+from ..vsockd_client import (
+    SEND,
+    Credentials,
+    VsockdClient,
+    call_briefly,
+    receive_record,
+    send,
+    take_record,
+)
 from . import datagrams
 
 #: Bytes that the kernel adds to each message of a packet socket: a message larger than the send
 #: buffer less this fails (EMSGSIZE).
 _PACKET_OVERHEAD = 32
 _ACCEPT_FLAGS = int(SOCK_CLOEXEC | SOCK_NONBLOCK)
+_CONNECTING, _LISTENING = Phase.CONNECTING, Phase.LISTENING
 #: Phases in which shutdown() fails.
 _BEFORE_A_CONNECT = (Phase.NEW, Phase.BOUND, Phase.LISTENING)
 #: Phases of a socket whose connect has not failed.
 _BEGUN = (Phase.CONNECTING, Phase.CONNECTED)
+_CONNECTABLE = (Phase.NEW, Phase.BOUND)
 #: The errors of connect() in phases in which a socket cannot be connected.
 _REFUSED = {
     Phase.LISTENING: errno.EINVAL,
@@ -67,20 +77,23 @@ _REFUSED = {
 }
 
 
-async def connect(call: Call, endpoint: Endpoint) -> Answer:  # noqa: C901 - the states of a connect, in order
+def connect(call: Call, endpoint: Endpoint) -> Answer | Serving:
     """Serve connect(): the errors are those of ``transports.fabric``."""
     if endpoint.is_datagram:
-        return await datagrams.connect(call, endpoint)
+        return datagrams.connect(call, endpoint)
     # duplicate() proves what was read before it.
     peer = call.read_address_unchecked(call.arguments[1], call.integer(2))
     credentials = call.credentials_unchecked()
-    with closing(call.duplicate(endpoint)) as sock:
+    sock = call.duplicate(endpoint)
+    rest: Serving | None = None
+    try:
         take_reply(endpoint, sock)
         if endpoint.interrupted is not None:
             is_repeated = endpoint.interrupted == peer
             if is_repeated and (endpoint.phase in _BEGUN or endpoint.error):
-                return await _finish_interrupted(endpoint, sock)
-            if endpoint.phase is not Phase.CONNECTING:
+                rest = _finish_interrupted(endpoint, sock)
+                return rest
+            if endpoint.phase is not _CONNECTING:
                 endpoint.interrupted = None
         _require_connectable(endpoint)
         if peer is None:
@@ -88,15 +101,40 @@ async def connect(call: Call, endpoint: Endpoint) -> Answer:  # noqa: C901 - the
         if peer[0] == VMADDR_CID_ANY:
             raise failure(errno.ENODEV)
         polls = not os.get_blocking(sock.fileno())
+        if _try_to_attach(call, endpoint, sock, not polls) and _send(
+            endpoint, sock, peer, polls, credentials
+        ):
+            call.services.vsockd.await_briefly(sock)
+            take_reply(endpoint, sock)
+            if endpoint.phase is not _CONNECTING:  # nearly always
+                return _outcome(endpoint, polls)
+        rest = _connect_later(call, endpoint, sock, peer, polls, credentials)
+        return rest
+    finally:
+        if rest is None:
+            sock.close()
+
+
+async def _connect_later(
+    call: Call,
+    endpoint: Endpoint,
+    sock: _socket.socket,
+    peer: tuple[int, int],
+    polls: bool,
+    credentials: Credentials | None,
+) -> Answer:
+    """Go on with a connect that vsockd has no room for yet, or has not replied to in a moment.
+
+    Takes ownership of ``sock``, a copy of the program's socket.
+    """
+    with closing(sock):
         deadline = time.monotonic() + endpoint.connect_timeout
         # A program that does not wait cannot learn that connecting has not begun: fail instead.
         seconds = 0 if polls else endpoint.connect_timeout
-        while True:
+        while endpoint.phase is not _CONNECTING:
             await _attach(call, endpoint, sock, seconds, not polls)
             _require_connectable(endpoint)  # another thread may have connected the socket meanwhile
-            if _send(endpoint, sock, peer, polls, credentials):
-                break
-        call.services.vsockd.await_briefly(sock)
+            _send(endpoint, sock, peer, polls, credentials)
         take_reply(endpoint, sock)
         if polls:
             if not await _wait(endpoint, sock, SUPERVISOR_CONNECT_GRACE_SECONDS, polls):
@@ -109,8 +147,13 @@ async def connect(call: Call, endpoint: Endpoint) -> Answer:  # noqa: C901 - the
                 call.answered = True
                 endpoint.interrupted = peer
                 await _wait(endpoint, sock, deadline - time.monotonic(), polls)
-        if endpoint.phase is Phase.CONNECTING:
+        if endpoint.phase is _CONNECTING:
             endpoint.fail(errno.ETIMEDOUT, polls)
+    return _outcome(endpoint, polls)
+
+
+def _outcome(endpoint: Endpoint, polls: bool) -> Answer:
+    """Return the answer to a connect that has ended."""
     if polls and endpoint.error != errno.EADDRNOTAVAIL:
         # The peer's decision is known already, but a non-blocking connect reports it by SO_ERROR.
         return -errno.EINPROGRESS
@@ -120,8 +163,12 @@ async def connect(call: Call, endpoint: Endpoint) -> Answer:  # noqa: C901 - the
 
 
 async def _finish_interrupted(endpoint: Endpoint, sock: _socket.socket) -> Answer:
-    """Return the result of a connect that a signal has interrupted: connect() is called again."""
-    await _wait(endpoint, sock, endpoint.connect_timeout, False)
+    """Return the result of a connect that a signal has interrupted: connect() is called again.
+
+    Takes ownership of ``sock``, a copy of the program's socket.
+    """
+    with closing(sock):
+        await _wait(endpoint, sock, endpoint.connect_timeout, False)
     endpoint.interrupted = None
     return _result(endpoint)
 
@@ -170,26 +217,29 @@ async def _attach(
 
     Raises OSError(ETIMEDOUT) after ``seconds``, OSError(ENOBUFS) at once if they are 0.
     """
-    vsockd = call.services.vsockd
     deadline = time.monotonic() + seconds
-    while not endpoint.is_attached:
-        if vsockd.attach(sock, endpoint.type, blocks):
-            endpoint.is_attached = True
-        else:
-            await vsockd.wait_for_room(deadline, seconds)
+    while not _try_to_attach(call, endpoint, sock, blocks):
+        await call.services.vsockd.wait_for_room(deadline, seconds)
+
+
+def _try_to_attach(call: Call, endpoint: Endpoint, sock: _socket.socket, blocks: bool) -> bool:
+    """Connect a program's socket to vsockd, once; return False while vsockd's backlog is full."""
+    if not endpoint.is_attached:
+        endpoint.is_attached = call.services.vsockd.attach(sock, endpoint.type, blocks)
+    return endpoint.is_attached
 
 
 def _require_connectable(endpoint: Endpoint) -> None:
     if endpoint.is_shut:
         raise failure(errno.EINVAL)
-    if endpoint.phase in _REFUSED:
+    if endpoint.phase not in _CONNECTABLE:
         raise failure(_REFUSED[endpoint.phase])
 
 
 async def _wait(endpoint: Endpoint, sock: _socket.socket, seconds: float, polls: bool) -> bool:
     """Wait for vsockd's reply; return whether it came within ``seconds``."""
     deadline = time.monotonic() + seconds
-    while endpoint.phase is Phase.CONNECTING:
+    while endpoint.phase is _CONNECTING:
         rest = max(0.0, deadline - time.monotonic())
         if not await ready(sock.fileno(), rest, defers_signals=polls):
             return False
@@ -216,13 +266,13 @@ def _send(
         # After the request: a small send buffer would split it in two.
         endpoint.send_buffer = sock.getsockopt(SOL_SOCKET, SO_SNDBUF)
         sock.setsockopt(SOL_SOCKET, SO_SNDBUF, 0)
-    endpoint.phase = Phase.CONNECTING
+    endpoint.phase = _CONNECTING
     return True
 
 
 def take_reply(endpoint: Endpoint, sock: _socket.socket) -> None:
     """Receive vsockd's reply to a connect, if it has arrived, on ``sock``, a copy of the socket."""
-    if endpoint.phase is not Phase.CONNECTING:
+    if endpoint.phase is not _CONNECTING:
         return
     try:
         record, _ = take_record(sock)
@@ -230,26 +280,31 @@ def take_reply(endpoint: Endpoint, sock: _socket.socket) -> None:
         return
     except OSError as error:
         endpoint.fail(error.errno or errno.EIO, bool(endpoint.send_buffer))
-        _restore_send_buffer(endpoint, sock)
+        if endpoint.send_buffer:
+            _restore_send_buffer(endpoint, sock)
     else:
         endpoint.error = 0
-        _restore_send_buffer(endpoint, sock)
-        establish(endpoint, sock, record)
+        if endpoint.send_buffer:
+            _restore_send_buffer(endpoint, sock)
+        establish(endpoint, sock.fileno(), record)
 
 
 def _restore_send_buffer(endpoint: Endpoint, sock: _socket.socket) -> None:
-    if endpoint.send_buffer:
-        # The kernel doubles the value, to have room for its own headers.
-        sock.setsockopt(SOL_SOCKET, SO_SNDBUF, endpoint.send_buffer // 2)
-        endpoint.send_buffer = 0
+    # The kernel doubles the value, to have room for its own headers.
+    sock.setsockopt(SOL_SOCKET, SO_SNDBUF, endpoint.send_buffer // 2)
+    endpoint.send_buffer = 0
 
 
-def establish(endpoint: Endpoint, sock: _socket.socket, record: Record) -> None:
-    """Make ``sock`` the stream that ``record`` describes."""
+def establish(endpoint: Endpoint, fd: int, record: Record) -> None:
+    """Make the socket ``fd`` the stream that ``record`` describes."""
     endpoint.establish(record)
     # A default that the program did not choose should not slow a stream down.
     if endpoint.type == SOCK_SEQPACKET or record.size != STREAM_BUFFER_DEFAULT_BYTES:
-        limit_queue(endpoint, sock)
+        sock = _socket.socket(AF_UNIX, endpoint.type, 0, fd)
+        try:
+            limit_queue(endpoint, sock)
+        finally:
+            sock.detach()
 
 
 def limit_queue(endpoint: Endpoint, sock: _socket.socket) -> None:
@@ -289,92 +344,143 @@ async def listen(call: Call, endpoint: Endpoint) -> Answer:
     return 0
 
 
-async def accept(call: Call, endpoint: Endpoint) -> Answer:
+def accept(call: Call, endpoint: Endpoint) -> Answer | Serving:
     """Serve accept(): accept4() without flags."""
-    return await _accept(call, endpoint, 0)
+    return _accept(call, endpoint, 0)
 
 
-async def accept4(call: Call, endpoint: Endpoint) -> Answer:
+def accept4(call: Call, endpoint: Endpoint) -> Answer | Serving:
     """Serve accept4(): wait for a connection, unless the socket is non-blocking."""
-    return await _accept(call, endpoint, call.integer(3))
+    return _accept(call, endpoint, call.integer(3))
 
 
-async def _accept(call: Call, endpoint: Endpoint, flags: int) -> Answer:
+def _accept(call: Call, endpoint: Endpoint, flags: int) -> Answer | Serving:
     if flags & ~_ACCEPT_FLAGS:
         raise failure(errno.EINVAL)
     if endpoint.is_datagram:
         raise failure(errno.EOPNOTSUPP)
-    address, size_at = call.arguments[1:3]
-    # Fails before a connection is taken; duplicate() proves the size.
-    room = call.read_room(size_at) if address else 0
-    while True:
-        _require_listening(endpoint)
-        with closing(call.duplicate(endpoint)) as listener:
-            blocks = os.get_blocking(listener.fileno())
-            taken = await _take(endpoint, listener, blocks)
-            if taken is not None:
-                break
-            if not blocks:
+    missing = _try_to_accept(call, endpoint, flags, False)
+    return None if missing is None else _accept_later(call, endpoint, flags, missing)
+
+
+async def _accept_later(
+    call: Call, endpoint: Endpoint, flags: int, missing: Wait | _socket.socket | None
+) -> Answer:
+    """Go on with an accept that has to wait for what is ``missing``."""
+    while missing is not None:
+        has_waited = isinstance(missing, Wait)
+        if isinstance(missing, Wait):
+            if not await missing:
                 raise failure(errno.EAGAIN)
-            seconds = timeout_of(listener, SO_RCVTIMEO) or None
-            wait = lent(listener.detach(), endpoint.inode, seconds)
-        if not await wait:
-            raise failure(errno.EAGAIN)
-    fd, record = taken
-    sock = _socket.socket(AF_UNIX, endpoint.type, 0, fd)
-    with closing(sock):
-        accepted = call.services.sockets.adopt(sock, endpoint.type)
-        establish(accepted, sock, record)
-        os.set_blocking(fd, not flags & SOCK_NONBLOCK)
-        try:
-            # Before the descriptor: with it, another thread may use the memory for something else.
-            if address:
-                call.write(*call.pieces_for(pack_address(record.peer), address, size_at, room))
-            call.answer_with_socket(sock, accepted, flags)
-        except CallInterrupted:
-            endpoint.accepted.append((sock.detach(), record))
-            raise
+        elif (stream := await _receive_stream(endpoint, missing)) is not None:
+            _give(call, endpoint, flags, stream)
+            break
+        missing = _try_to_accept(call, endpoint, flags, has_waited)
     return None
 
 
-def _require_listening(endpoint: Endpoint) -> None:
-    if endpoint.phase is Phase.LOST:
-        raise failure(errno.ENETDOWN)
-    if endpoint.phase is not Phase.LISTENING:
-        raise failure(errno.EINVAL)
+def _try_to_accept(
+    call: Call, endpoint: Endpoint, flags: int, has_waited: bool
+) -> Wait | _socket.socket | None:
+    """Accept a connection, and give it to the process.
+
+    Returns None if that was possible, and else what is missing: the wait for a connection, or
+    a token (``daemon/listeners.py``) whose record is to be awaited.  A call that ``has_waited``
+    waits again if necessary.
+
+    Raises OSError(EAGAIN) for a non-blocking socket without a connection.
+    """
+    listener = call.duplicate(endpoint)
+    try:
+        if endpoint.phase is not _LISTENING:
+            raise failure(errno.ENETDOWN if endpoint.phase is Phase.LOST else errno.EINVAL)
+        blocks = has_waited or os.get_blocking(listener.fileno())
+        found = _take(call.services.vsockd, endpoint, listener, blocks)
+        if found is None:
+            if not blocks:
+                raise failure(errno.EAGAIN)
+            seconds = timeout_of(listener, SO_RCVTIMEO) or None
+            return lent(listener.detach(), endpoint.inode, seconds)
+    finally:
+        listener.close()
+    if isinstance(found, _socket.socket):
+        return found
+    _give(call, endpoint, flags, found)
+    return None
 
 
-async def _take(
-    endpoint: Endpoint, listener: _socket.socket, blocks: bool
-) -> tuple[int, Record] | None:
-    """Return the descriptor and the record of the next connection, or None.
+def _give(call: Call, endpoint: Endpoint, flags: int, stream: Stream) -> None:
+    """Give the process a stream; keep it for the next accept if a signal has interrupted this one.
+
+    Raises OSError if the process cannot have it.  The stream is closed then.
+    """
+    fd, record = stream
+    try:
+        accepted = call.services.sockets.adopt(fd, endpoint.type)
+        establish(accepted, fd, record)
+        os.set_blocking(fd, not flags & SOCK_NONBLOCK)
+        # Before the descriptor: with it, another thread may use the memory for something else.
+        call.write_address(record.peer, call.arguments[1], call.arguments[2])
+        call.answer_with_descriptor(fd, bool(flags & SOCK_CLOEXEC), accepted.served)
+    except CallInterrupted:
+        endpoint.accepted.append(stream)
+        raise
+    except BaseException:
+        os.close(fd)
+        raise
+    os.close(fd)
+
+
+def _take(
+    vsockd: VsockdClient, endpoint: Endpoint, listener: _socket.socket, blocks: bool
+) -> Stream | _socket.socket | None:
+    """Return the next connection's stream, or its token if the record has not come; None without.
 
     ``blocks`` is whether the listener is a blocking socket.
 
-    Raises OSError if the listener has failed, CallInterrupted if the call no longer waits.
+    Raises OSError if the listener has failed.
     """
     if endpoint.accepted:
-        return endpoint.accepted.popleft()
+        return endpoint.accepted.pop(0)
     if not endpoint.has_name:
         try:
-            record, fd = take_record(listener)
+            return _stream_of(take_record(listener))
         except BlockingIOError:
             return None
-    else:
-        while True:
-            token = _next_token(endpoint, listener, blocks)
-            if token is None:
-                return None
-            try:
-                record, fd = await receive_record(token)  # vsockd sends it at once
-            except CallInterrupted:
-                endpoint.arriving.append(token)
-                raise
-            except OSError:  # vsockd has ended: try the next
-                token.close()
-            else:
-                token.close()
-                break
+    while (token := _next_token(endpoint, listener, blocks)) is not None:
+        try:
+            found = take_record(token)
+        except BlockingIOError:  # vsockd has connected the token, and sends it next
+            if not vsockd.await_briefly(token):
+                return token
+            endpoint.arriving.append(token)
+        except OSError:  # vsockd has ended: try the next
+            token.close()
+        else:
+            token.close()
+            return _stream_of(found)
+    return None
+
+
+async def _receive_stream(endpoint: Endpoint, token: _socket.socket) -> Stream | None:
+    """Return the stream that vsockd sends over ``token``, or None if vsockd has ended.
+
+    Takes ownership of ``token``.
+    """
+    try:
+        found = await receive_record(token)
+    except CallInterrupted:
+        endpoint.arriving.append(token)
+        raise
+    except OSError:
+        token.close()
+        return None
+    token.close()
+    return _stream_of(found)
+
+
+def _stream_of(found: tuple[Record, int | None]) -> Stream:
+    record, fd = found
     if fd is None:
         raise failure(errno.EMFILE, "connection lost: the supervisor has no free descriptor")
     return fd, record
@@ -383,9 +489,9 @@ async def _take(
 def _next_token(
     endpoint: Endpoint, listener: _socket.socket, blocks: bool
 ) -> _socket.socket | None:
-    """Return the next token (``daemon/listeners.py``) in the backlog of ``listener``, or None."""
+    """Return the next token in the backlog of ``listener``, or None."""
     if endpoint.arriving:
-        return endpoint.arriving.popleft()
+        return endpoint.arriving.pop(0)
     if blocks:
         # Also after an event: all that wait for a listener get it, and accept() of a blocking
         # socket takes a tick to fail.
@@ -395,8 +501,8 @@ def _next_token(
             return None
     try:
         # A process outside supervision may share the listener, and accept first.
-        with BriefBlocking(listener, SO_RCVTIMEO, blocks):
-            fd, _ = listener._accept()  # type: ignore[attr-defined]  # as socket.accept()
+        accept = listener._accept  # type: ignore[attr-defined]  # as socket.accept()
+        fd, _ = call_briefly(listener, SO_RCVTIMEO, blocks, accept)
     except (BlockingIOError, ConnectionAbortedError):
         return None
     return _socket.socket(AF_UNIX, endpoint.type, 0, fd)
@@ -412,7 +518,7 @@ async def shutdown(call: Call, endpoint: Endpoint) -> Answer:
     endpoint.is_shut = True
     if endpoint.is_datagram:
         endpoint.peer = None
-    elif endpoint.phase is Phase.CONNECTING:
+    elif endpoint.phase is _CONNECTING:
         with closing(call.duplicate(endpoint)) as sock:
             sock.shutdown(SHUT_RDWR)  # vsockd's reply no longer matters
         endpoint.fail(0, True)

@@ -14,7 +14,7 @@ import struct
 from socket import SOCK_CLOEXEC, SOCK_DGRAM, SOCK_NONBLOCK, SOCK_SEQPACKET, SOCK_STREAM
 
 from ...model.constants import AF_VSOCK
-from ..call import Answer, Call, failure
+from ..call import Call, failure
 
 DEVICE = b"/dev/vsock\0"
 #: The name, in /proc, of the file that stands for ``/dev/vsock``.
@@ -39,7 +39,7 @@ _TYPE_BITS = ~int(SOCK_NONBLOCK | SOCK_CLOEXEC)
 _TYPES = (int(SOCK_STREAM), int(SOCK_SEQPACKET), int(SOCK_DGRAM))
 
 
-async def socket(call: Call) -> Answer:
+def socket(call: Call) -> None:
     """Serve socket(AF_VSOCK, …); the filter intercepts no other family."""
     asked, protocol = call.integer(1), call.integer(2)
     type_ = asked & _TYPE_BITS
@@ -49,20 +49,19 @@ async def socket(call: Call) -> Answer:
         raise failure(errno.ESOCKTNOSUPPORT)
     if call.services.interceptor.begin_socket_calls(call.intercepted):
         call.create_socket(asked)
-    return None
 
 
-async def open_(call: Call) -> Answer:
+def open_(call: Call) -> None:
     """Serve open() of ``/dev/vsock``."""
-    return _open(call, call.integer(1))
+    _open(call, call.integer(1))
 
 
-async def openat(call: Call) -> Answer:
+def openat(call: Call) -> None:
     """Serve openat() of ``/dev/vsock``."""
-    return _open(call, call.integer(2))
+    _open(call, call.integer(2))
 
 
-def _open(call: Call, flags: int) -> Answer:
+def _open(call: Call, flags: int) -> None:
     # The path was read once, by the dispatcher: a change since has no effect.
     call.check()
     device = os.memfd_create(DEVICE_NAME, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
@@ -71,7 +70,6 @@ def _open(call: Call, flags: int) -> Answer:
         call.answer_with_descriptor(device, bool(flags & os.O_CLOEXEC))
     finally:
         os.close(device)
-    return None
 
 
 def is_device(link: str) -> bool:
@@ -79,19 +77,19 @@ def is_device(link: str) -> bool:
     return link.startswith(f"/memfd:{DEVICE_NAME}") or link == DEVICE[:-1].decode()
 
 
-async def stat(call: Call) -> Answer:
+def stat(call: Call) -> int:
     """Serve stat() and lstat()."""
     call.write((call.arguments[1], _stat(call)))
     return 0
 
 
-async def newfstatat(call: Call) -> Answer:
+def newfstatat(call: Call) -> int:
     """Serve newfstatat(): the path is absolute, so the folder does not matter."""
     call.write((call.arguments[2], _stat(call)))
     return 0
 
 
-async def statx(call: Call) -> Answer:
+def statx(call: Call) -> int:
     """Serve statx()."""
     folder = os.stat("/dev")
     seconds, nanoseconds = divmod(folder.st_mtime_ns, 1_000_000_000)
@@ -105,17 +103,17 @@ async def statx(call: Call) -> Answer:
     return 0
 
 
-async def access(call: Call) -> Answer:
+def access(call: Call) -> int:
     """Serve access(): every user may read and write, and not execute."""
     return _access(call, call.integer(1))
 
 
-async def faccessat(call: Call) -> Answer:
+def faccessat(call: Call) -> int:
     """Serve faccessat(): access() relative to a folder."""
     return _access(call, call.integer(2))
 
 
-async def faccessat2(call: Call) -> Answer:
+def faccessat2(call: Call) -> int:
     """Serve faccessat2(): faccessat() with flags."""
     if call.integer(3) & ~(_AT_EMPTY_PATH | _AT_SYMLINK_NOFOLLOW | _AT_EACCESS):
         raise failure(errno.EINVAL)

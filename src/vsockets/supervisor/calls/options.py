@@ -138,7 +138,7 @@ async def getsockopt(call: Call, endpoint: Endpoint) -> Answer:
             raise failure(errno.EINVAL)
     else:
         value = endpoint.ignored.get((level, name), bytes(_INT.size))
-    call.write(*call.value_pieces(value, address, size_at, cut=True))
+    call.write_value(value, address, size_at, cut=True)
     return 0
 
 

@@ -52,10 +52,15 @@ async def recvfrom(call: Call, endpoint: Endpoint) -> Answer:
         call.let_through()
         return None
     buffer, size, flags = call.arguments[1], call.arguments[2], call.integer(3)
+    address = call.arguments[4]
     received = await _receive_datagram(call, endpoint, flags)
     with _kept_if_interrupted(endpoint, received, flags):
-        source = call.address_pieces(received.source or UNBOUND, *call.arguments[4:6])
-        call.write((buffer, received.data[:size]), *source)
+        data = buffer, received.data[:size]
+        if address:
+            source = pack_address(received.source or UNBOUND)
+            call.write_value(source, address, call.arguments[5], data)
+        else:
+            call.write(data)
     return len(received.data) if flags & MSG_TRUNC else min(size, len(received.data))
 
 
@@ -120,7 +125,7 @@ def _kept_if_interrupted(endpoint: Endpoint, received: Received, flags: int) -> 
 def _take_kept(endpoint: Endpoint, flags: int) -> Received | None:
     if not endpoint.received:
         return None
-    return endpoint.received[0] if flags & MSG_PEEK else endpoint.received.popleft()
+    return endpoint.received[0] if flags & MSG_PEEK else endpoint.received.pop(0)
 
 
 def _receive_out_of_band(call: Call, endpoint: Endpoint, flags: int) -> int:
