@@ -6,7 +6,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vsockets.devices.virtio.credit import (
-    HALF_FULL_PACKET_BYTES,
     ReceiveCredit,
     SendCredit,
     distance,
@@ -145,11 +144,7 @@ def test_unread_packets_of_a_stream_stay_below_the_limit(
     def send() -> None:
         nonlocal waiting
         while waiting and credit.available():
-            most = (
-                credit.packet_size(room)
-                if credit.packets * HALF_FULL_PACKET_BYTES >= buffer
-                else room
-            )
+            most = credit.packet_size(room) if credit.is_half_full else room
             assert most or buffer < 20_000
             length = min(waiting, credit.available(), most)
             if not length:

@@ -42,6 +42,7 @@ class LinuxSocket:
         self._overhead = overhead
         self._queue: deque[list[int]] = deque()  # for each packet: bytes, room behind, flags
         self.most = 0  #: largest number of packets at once
+        self.requests = 0  #: number of CREDIT_REQUESTs
 
     @property
     def unread(self) -> int:
@@ -59,6 +60,7 @@ class LinuxSocket:
         while guest.arrived or guest.take():
             header, payload = guest.arrived.popleft()
             if header.op == Op.CREDIT_REQUEST:
+                self.requests += 1
                 self._stream.send_packet(Op.CREDIT_UPDATE)
             if header.op != Op.RW:
                 assert header.op != Op.RST
@@ -73,6 +75,12 @@ class LinuxSocket:
             else:
                 self._queue.append([len(payload), ROOM - len(payload), header.flags])
                 self.most = max(self.most, len(self._queue))
+
+    def read(self, size: int) -> None:
+        """Read ``size`` bytes, all of the first packet, and announce it."""
+        assert self._queue.popleft()[0] == size
+        self._stream.received += size
+        self._stream.send_packet(Op.CREDIT_UPDATE)
 
     def read_all(self, told: bool = True) -> int:
         """Read everything; return the number of bytes.
@@ -171,6 +179,18 @@ def test_reading_guest_gets_unsplit_packets(rig: Rig) -> None:
         wait_until(lambda: guest.has(250), "it to arrive")
         assert guest.most == 1
         guest.read_all(told=False)
+
+
+def test_guest_that_announces_its_reads_is_not_asked_for_credit(rig: Rig) -> None:
+    """A CREDIT_REQUEST costs the guest a packet in each direction."""
+    guest, sock = opened(rig, socket.SOCK_STREAM, LARGE)
+    sock.send(bytes(250))
+    for _ in range(1000):
+        wait_until(lambda: guest.has(250), "it to arrive")
+        sock.send(bytes(250))
+        wait_until(lambda: guest.has(500), "the next to arrive")
+        guest.read(250)
+    assert not guest.requests
 
 
 def test_silent_guest_is_asked_for_credit_again(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -25,7 +25,7 @@ _RUNS = 16 * VIRTIO_PACKET_OVERHEAD_BYTES
 
 #: The number of unread packets times this constant reaches the guest's buffer size when half of the
 #: guest's limit is reached.
-HALF_FULL_PACKET_BYTES = 2 * VIRTIO_PACKET_OVERHEAD_BYTES
+_HALF_FULL_PACKET_BYTES = 2 * VIRTIO_PACKET_OVERHEAD_BYTES
 
 
 def distance(later: int, earlier: int) -> int:
@@ -114,8 +114,7 @@ class SendCredit:
 
         ``room`` is the number of payload bytes for which a guest buffer has room.  The result is
         ``room``, or VIRTIO_MERGED_PACKET_MAX_BYTES when many packets are unread, or 0 when the
-        guest must read first.  Callers need the result only when half of the guest's limit is
-        reached (:data:`HALF_FULL_PACKET_BYTES`).
+        guest must read first.  Callers need the result only while :attr:`is_half_full`.
         """
         self._discard_read()
         limit = self._limit
@@ -149,6 +148,11 @@ class SendCredit:
         """
         self._discard_read()
         return self.packets < self._limit // 2
+
+    @property
+    def is_half_full(self) -> bool:
+        """Flag: true while :attr:`packets` are at least half of the packets the guest can hold."""
+        return self.packets * _HALF_FULL_PACKET_BYTES >= self.buffer
 
     @property
     def is_full(self) -> bool:

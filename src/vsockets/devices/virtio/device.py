@@ -291,7 +291,8 @@ class VirtioVsock:
         if queue.publish():
             self._vrings[RECEIVE].call()
         queue.prefetch()
-        if not budget or (was_backpressured and not self.backpressured):
+        is_unfinished = not budget and (ready or self.resets)
+        if is_unfinished or (was_backpressured and not self.backpressured):
             self._schedule_poll()
 
     def _retry_credit(self, connection: VirtioConnection) -> None:

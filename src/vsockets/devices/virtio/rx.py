@@ -17,7 +17,6 @@ from ..capture import CaptureSink
 from ..guest_memory import pull
 from ..limits import IO_VECTORS_MAX, VIRTIO_MERGED_PACKET_MAX_BYTES
 from .connection import BOTH, VirtioConnection
-from .credit import HALF_FULL_PACKET_BYTES
 from .packet import HEADER, HEADER_SIZE, Op, Sequenced, Shutdown, Type, record
 from .ring import Buffer, Ring
 
@@ -27,8 +26,13 @@ _END_OF_MESSAGE, _END_OF_RECORD = int(Sequenced.END_OF_MESSAGE), int(Sequenced.E
 _PEEK_FLAGS = int(MSG_PEEK | MSG_TRUNC | MSG_DONTWAIT)
 _RECEIVE_FLAGS = int(MSG_DONTWAIT)
 
-#: Limits of the number of guest buffers that one connection fills in one turn.
-_SMALLEST_BURST, _LARGEST_BURST = 2, 16
+#: Numbers of guest buffers that one connection fills in one turn: at least, after it has used all
+#: credit, and at most.  A guest that has waited for data gets the first of it soon, and handles it
+#: while the device copies the rest with one more system call.
+_SMALLEST_BURST, _FIRST_BURST, _LARGEST_BURST = 2, 16, 64
+
+#: Messages of a sequenced-packet connection that are sent in one turn.
+_MESSAGES_PER_TURN = 16
 
 
 class ReceiveQueue:
@@ -115,7 +119,7 @@ class ReceiveQueue:
             return False
         buffers: Iterable[Buffer] = islice(self._buffers, connection.burst)
         small = False
-        if connection.send.packets * HALF_FULL_PACKET_BYTES >= connection.send.buffer:
+        if connection.send.is_half_full:
             most = self._packet_size(connection)
             if not most:
                 return False
@@ -151,7 +155,7 @@ class ReceiveQueue:
             else self._write_headers(connection, received)
         )
         if received == room:
-            connection.burst = min(connection.burst * 2, _LARGEST_BURST)
+            connection.burst = _LARGEST_BURST if room < credit else _FIRST_BURST
             return True
         connection.burst = max(_SMALLEST_BURST, used)
         # Less than the room: the socket is empty.  Only end of file would not be reported again.
@@ -165,7 +169,7 @@ class ReceiveQueue:
         """
         send = connection.send
         most = send.packet_size(self._buffers[0][3] or 1)
-        if send.take_request_due() or send.is_full:
+        if send.is_half_full and (send.take_request_due() or send.is_full):
             connection.queue_credit_request()
         return most
 
@@ -214,7 +218,7 @@ class ReceiveQueue:
 
     def _send_messages(self, connection: VirtioConnection) -> bool:
         sent = False
-        for _ in range(_LARGEST_BURST):
+        for _ in range(_MESSAGES_PER_TURN):
             if not self._fetch(1) or (not connection.unsent and not self._read_message(connection)):
                 break
             self._send_fragment(connection)
