@@ -6,10 +6,12 @@ A caller that needs them set uses ``libc["NAME"]``, a new function object at eac
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import platform
 import signal
+from collections.abc import Iterator
 
 libc = ctypes.CDLL(None, use_errno=True)
 
@@ -53,3 +55,23 @@ class EpollEvent(ctypes.Structure):
     if platform.machine() in ("x86_64", "AMD64"):
         _pack_ = 1
     _fields_ = (("events", ctypes.c_uint32), ("data", ctypes.c_uint64))
+
+
+@contextlib.contextmanager
+def interrupted_by(number: int) -> Iterator[None]:
+    """During the with block, have the signal ``number`` interrupt system calls and do nothing else.
+
+    A handler of Python does more: it runs between two bytecode instructions, and the signal is
+    written to the descriptor of :func:`signal.set_wakeup_fd`, which wakes an event loop.
+    """
+    set_handler = libc["signal"]
+    set_handler.argtypes = (ctypes.c_int, ctypes.c_void_p)
+    set_handler.restype = ctypes.c_void_p
+    # abs(3) has a handler's parameter and no effect.
+    old = set_handler(number, ctypes.cast(libc.abs, ctypes.c_void_p))
+    try:
+        signal.siginterrupt(number, True)
+        yield
+    finally:
+        set_handler(number, old)
+        signal.siginterrupt(number, True)

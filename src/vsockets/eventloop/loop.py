@@ -18,6 +18,7 @@ from itertools import count
 from time import monotonic
 
 from .. import logs
+from .._linux.libc import interrupted_by
 
 log = logging.getLogger(__name__)
 
@@ -63,7 +64,6 @@ class EventLoop:
         self._sequence = count()
         self._running = True
         self._hurry = 0.0
-        self._wakeup = -1  # readable after a signal
 
     def watch(self, fd: int, callback: Callable[[int], None]) -> None:
         """Call ``callback`` whenever ``fd`` is readable or hung up."""
@@ -125,10 +125,8 @@ class EventLoop:
             if hurried:
                 wait = _IDLE if wait is None else min(wait, _IDLE)
             ready = poll(wait)
-            # SIGALRM of `interrupting_calls` is not work: it must not keep the loop busy.
-            is_busy = len(ready) > 1 or (bool(ready) and ready[0][0] != self._wakeup)
-            if hurried != is_busy and self._hurry:
-                hurried = is_busy
+            if hurried != bool(ready) and self._hurry:
+                hurried = bool(ready)
                 interval = self._hurry if hurried else 0
                 signal.setitimer(signal.ITIMER_REAL, interval, interval)
             if len(ready) > 1:
@@ -167,13 +165,11 @@ class EventLoop:
 
         old_handlers = {number: signal.signal(number, _ignore) for number in calls}
         old_wakeup = signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
-        self._wakeup = reader.fileno()
-        self.watch(self._wakeup, dispatch)
+        self.watch(reader.fileno(), dispatch)
         try:
             yield
         finally:
-            self.unwatch(self._wakeup)
-            self._wakeup = -1
+            self.unwatch(reader.fileno())
             dispatch(0)  # one that has come in the loop's last turn
             signal.set_wakeup_fd(old_wakeup)
             for number, handler in old_handlers.items():
@@ -190,14 +186,13 @@ class EventLoop:
         descriptors decides how long.  A signal ends such a sleep, so while the loop is busy, one
         is raised at this interval.
         """
-        old_handler = signal.signal(signal.SIGALRM, _ignore)
-        self._hurry = seconds
-        try:
-            yield
-        finally:
-            self._hurry = 0.0
-            signal.setitimer(signal.ITIMER_REAL, 0)
-            signal.signal(signal.SIGALRM, old_handler)
+        with interrupted_by(signal.SIGALRM):
+            self._hurry = seconds
+            try:
+                yield
+            finally:
+                self._hurry = 0.0
+                signal.setitimer(signal.ITIMER_REAL, 0)
 
     def _run_timers(self) -> float | None:
         while self._timers and self._running:
@@ -214,7 +209,7 @@ class EventLoop:
 
 
 def _ignore(number: int, frame: object) -> None:
-    """Do nothing: the signal only interrupts a system call."""
+    """Do nothing: the signal is handled when the loop wakes up."""
 
 
 #: Seconds to stop accepting while resources are exhausted.
