@@ -244,10 +244,11 @@ class VirtioWorld(World):
             header, payload = self.transmit.popleft()
             connection = self.connections[header.src_port]
             connection.send.update(header.buf_alloc, header.fwd_cnt)
-            if header.op != Op.RW:
+            if header.op == Op.RW:
+                if connection.on_payload(len(payload)):
+                    connection.forward([memoryview(payload)], len(payload))
+            elif header.op != Op.CREDIT_UPDATE:
                 connection.on_packet(header.op, header.flags)
-            elif connection.on_payload(len(payload)):
-                connection.forward([memoryview(payload)], len(payload))
 
     def do_read(self, chance: Random) -> None:
         """A program reads."""

@@ -244,9 +244,10 @@ class VirtioConnection:
         return False
 
     def on_packet(self, op: int, flags: int) -> Action:
-        """Handle a packet of the guest other than RW; return the actions it requires."""
-        if op == Op.CREDIT_UPDATE:
-            return Action.NOTHING  # every header carries the credit
+        """Handle a packet of the guest other than RW and CREDIT_UPDATE.
+
+        Return the actions it requires.
+        """
         if op == Op.CREDIT_REQUEST:
             self.queue_credit_update()
             return Action.NOTHING

@@ -84,7 +84,7 @@ class KickCoalescing:
 
 
 _unpack_header = HEADER.unpack_from
-_RW = int(Op.RW)
+_RW, _CREDIT_UPDATE = int(Op.RW), int(Op.CREDIT_UPDATE)
 _STREAM = int(Type.STREAM)
 
 
@@ -198,6 +198,9 @@ class TransmitQueue:
                                 views += parts
                                 length += size
                             continue
+                    receiver.mark_dirty(connection)
+                    continue
+                if op == _CREDIT_UPDATE:  # a guest sends one for each read that leaves no data
                     receiver.mark_dirty(connection)
                     continue
             if batched is not None:  # earlier payload is forwarded before this packet
