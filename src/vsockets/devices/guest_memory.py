@@ -165,6 +165,7 @@ class PageList:
 
     def __init__(self, memory: GuestMemory, addresses: Sequence[int], size: int) -> None:
         self.addresses = addresses
+        self.total_size = len(addresses) * size  #: size of all pages, in bytes
         self._size = size
         self._start = min(addresses)
         self._end = max(addresses) + size

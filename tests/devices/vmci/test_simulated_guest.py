@@ -78,6 +78,20 @@ class TestHypercalls:
         outside = struct.pack("<Q", MEMORY // PAGE)
         assert guest.call(Hypercall.SET_NOTIFY_BITMAP, outside) == Code.INVALID_ARGS
 
+    def test_page_size_changes_while_pages_are_in_use(self, guest: SimulatedGuest) -> None:
+        assert guest.call(Hypercall.SET_NOTIFY_BITMAP, struct.pack("<Q", 100)) == Code.SUCCESS
+        queue_pair, doorbell = Handle(CID, 1), Handle(CID, 7)
+        assert guest.alloc(queue_pair, PAGE, guest.pages(4)) == Code.QUEUEPAIR_CREATED
+        guest.store(Register.GUEST_PAGE_SHIFT, 16)
+        # The bitmap has one page of 4 KiB.
+        link = struct.pack("<IIQ", *doorbell, PAGE)
+        assert guest.call(Hypercall.DOORBELL_LINK, link) == Code.SUCCESS
+        notify = struct.pack("<II", *doorbell)
+        assert guest.call(Hypercall.DOORBELL_NOTIFY, notify) == Code.SUCCESS
+        assert guest.memory[101 * PAGE] == 0
+        assert guest.detach(queue_pair) == Code.SUCCESS
+        assert guest.machine.hypervisor.is_idle
+
     @pytest.mark.parametrize(
         ("change", "code"),
         [

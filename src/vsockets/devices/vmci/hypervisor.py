@@ -220,7 +220,7 @@ class Hypervisor:
         index = self._doorbells.get(Handle(*_HANDLE.unpack_from(payload)))
         if index is None:
             return Code.NOT_FOUND
-        if self._bitmap is not None:
+        if self._bitmap is not None and index < len(self._bitmap):
             self._bitmap[index] = 1
             self.device.notify()
         return Code.SUCCESS
@@ -262,7 +262,7 @@ class Hypervisor:
             log.info("queue pair with invalid page addresses: %s", error)
             return Code.INVALID_ARGS
         self._queue_pairs[handle] = queue_pair
-        self._queue_pair_memory += count * size
+        self._queue_pair_memory += queue_pair.pages.total_size
         return Code.QUEUEPAIR_ATTACHED if attaching else Code.QUEUEPAIR_CREATED
 
     def _detach(self, payload: bytes) -> int:
@@ -277,4 +277,4 @@ class Hypervisor:
     def _release(self, queue_pair: QueuePair) -> None:
         self.sockets.on_detach(queue_pair)
         del self._queue_pairs[queue_pair.handle]
-        self._queue_pair_memory -= len(queue_pair.pages) * self.device.page_size
+        self._queue_pair_memory -= queue_pair.pages.total_size
