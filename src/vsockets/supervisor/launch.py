@@ -342,7 +342,7 @@ def _run_supervisor(
 
         supervisor.begin(program.pid, begin)
         program.reap()
-        # Objects made so far live as long as the supervisor, and calls create no reference cycles.
+        # Objects made so far live as long as the supervisor, and few calls create reference cycles.
         gc.freeze()
         gc.set_threshold(50_000)
         supervisor.run()
