@@ -1,24 +1,28 @@
 """Devices in virtual machines and their peers, in guests that run at the same time.
 
-    python -m bench.machines [--rounds N] [--kernel stable|newest] [--only NAME,NAME]
+    python -m bench.machines [--rounds N] [--kernel stable|newest] [--only NAME,NAME] [--real-time]
 
 Each contestant has its own guest, with the same kernel and the same programs.  Contestants are
 measured in turn, round by round.  The processor time of a contestant's process is read from
 ``/proc``.  QEMU and kernels come from Debian as for ``tests/vm``, and so does the Rust back end.
 ``tcp`` is QEMU's user network, which runs in QEMU's process: its processor time includes the
 guest's.  A run takes some minutes.
+
+On a busy machine ``--real-time`` gives all processes of the benchmark real-time priority while they
+are measured, for about a second at a time.  It needs CAP_SYS_NICE.
 """
 
 from __future__ import annotations
 
 import argparse
 import itertools
+import os
 import socket
 import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -324,6 +328,30 @@ def _contestants(names: list[str], kernel: str) -> Iterator[dict[str, Contestant
         yield contestants
 
 
+def _family(pid: int) -> Iterator[int]:
+    """Yield ``pid`` and the process ids of its descendants."""
+    yield pid
+    for children in Path(f"/proc/{pid}/task").glob("*/children"):
+        for child in children.read_text().split():
+            yield from _family(int(child))
+
+
+@contextmanager
+def _real_time_priority() -> Iterator[None]:
+    """Run this process and its descendants at real-time priority during the with block."""
+
+    def schedule(policy: int, priority: int) -> None:
+        for pid in _family(os.getpid()):
+            for thread in Path(f"/proc/{pid}/task").iterdir():
+                os.sched_setscheduler(int(thread.name), policy, os.sched_param(priority))
+
+    schedule(os.SCHED_RR, 1)
+    try:
+        yield
+    finally:
+        schedule(os.SCHED_OTHER, 0)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.machines", description=__doc__)
     parser.add_argument("--rounds", type=int, default=5)
@@ -331,7 +359,11 @@ def main() -> None:
     parser.add_argument(
         "--only", default="vmci,virtio,rust,tcp", help="contestants (default: %(default)s)"
     )
+    parser.add_argument(
+        "--real-time", action="store_true", help="measure at real-time priority (default: no)"
+    )
     arguments = parser.parse_args()
+    priority = _real_time_priority if arguments.real_time else nullcontext
     all_names = arguments.only.split(",")
     with _contestants(all_names, arguments.kernel) as contestants:
         for title, units, measure in _BENCHMARKS:
@@ -341,7 +373,8 @@ def main() -> None:
             figures: dict[str, list[tuple[float, float]]] = {name: [] for name in names}
             for number in range(arguments.rounds):
                 for name in names if number % 2 else reversed(names):
-                    figures[name].append(measure(contestants[name]))
+                    with priority():
+                        figures[name].append(measure(contestants[name]))
             print(f"{title} ({units})")
             for name in names:
                 rates, costs = zip(*figures[name], strict=True)
