@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import itertools
 import os
 import random
 import socket
 import struct
+import sys
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -262,6 +264,16 @@ class TestMappedRegisters:
         guest.store(Register.CONTROL, Control.INT_ENABLE)
         guest.machine.hypervisor.notify_removed(9)
         assert os.eventfd_read(vector) and len(guest.receive()) == 2
+
+    def test_control_changes_at_each_access(self, guest: MappingGuest) -> None:
+        guest.machine.hypervisor.notify_removed(9)
+        values = itertools.count(Control.INT_ENABLE, 8)
+        sys.setprofile(lambda *_: guest.store(Register.CONTROL, next(values)))
+        try:
+            guest.device.read(Region.CONFIG, 0, 4)
+        finally:
+            sys.setprofile(None)
+        assert len(guest.receive()) == 1
 
     def test_reset_waits_for_a_message(self, guest: MappingGuest) -> None:
         guest.connect(1234, 4096)

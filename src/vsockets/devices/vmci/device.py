@@ -573,10 +573,13 @@ class VmciDevice:
             self._interrupting = True
             self._words[_STATUS] = 1
             if self._waiting:
-                self._interrupt(_DATAGRAM)
+                self._signal(_DATAGRAM)
 
     def _interrupt(self, cause: int) -> None:
         self._follow_control(may_reset=False)
+        self._signal(cause)
+
+    def _signal(self, cause: int) -> None:
         self._words[_ICR] |= cause
         if self._interrupting and self._words[_IMR] & cause:
             self.interrupts.trigger(_VECTORS[cause])
