@@ -657,6 +657,7 @@ class TestStreams:
         eventfds = guest.enable_messages()
         guest.device.write(Region.CONFIG, _COMMAND, _MASTER)
         assert os.eventfd_read(eventfds[0])
+        assert guest.load(Register.STATUS) == 1
         event = guest.receive()[-1]
         assert event.payload[:4] == struct.pack("<I", Event.QP_RESUMED)
         stream = guest.connect(1235, 4096)

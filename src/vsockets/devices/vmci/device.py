@@ -522,6 +522,7 @@ class VmciDevice:
         if kept is None or not self.interrupts.message_signalled:
             return
         self._words[_CAPS], self._page_shift, self._words[_IMR], self._interrupting = kept[:4]
+        self._words[_STATUS] = int(self._interrupting)
         self._dma.out_high, self._dma.in_high = kept[4:]
         self._on_wake()
         self._interrupt(_DATAGRAM)  # also for datagrams that arrived meanwhile
