@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import socket
 from collections.abc import Iterator
@@ -31,7 +32,7 @@ class Intercepted(InterceptedCall):
 def disposed(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
     """The descriptors that are closed by another thread."""
     found: list[int] = []
-    monkeypatch.setattr("vsockets.supervisor.call.dispose", found.append)
+    monkeypatch.setattr("vsockets.supervisor.call.dispose_of_copy", found.append)
     yield found
     for fd in found:
         os.close(fd)
@@ -75,3 +76,16 @@ def test_the_descriptor_of_an_interrupted_call_is_unproven(disposed: list[int]) 
         with pytest.raises(CallInterrupted):
             call(sock.fileno(), waits=False).duplicate(endpoint_of(sock, cookie_of(sock)))
         assert len(disposed) == 1
+
+
+@pytest.mark.parametrize("code", [errno.EBADF, errno.EPERM])
+def test_a_descriptor_that_cannot_be_copied_is_another_socket(code: int) -> None:
+    """It may be a TCP socket of a process that cannot be read: the kernel performs the call."""
+
+    def fail(pid: int, number: int) -> int:
+        raise OSError(code, os.strerror(code))
+
+    services = cast(Services, SimpleNamespace(interceptor=SimpleNamespace(duplicate=fail)))
+    with socket.socket(socket.AF_UNIX) as sock, pytest.raises(OtherSocket) as caught:
+        Call(services, Intercepted(sock.fileno())).duplicate(endpoint_of(sock, cookie_of(sock)))
+    assert caught.value.errno == code

@@ -71,7 +71,7 @@ for sock in kinds():
     use(sock)
     print(connect(vsock), connect(vsock), accept(), connect(inet), accept())
 os.close(number)
-print(connect(vsock), accept())
+print(call(libc.connect, number, None, len(vsock)), connect(vsock), accept())
 """
     assert run(vsock, program) == [
         "ok EISCONN EINVAL EISCONN EINVAL",
@@ -81,8 +81,27 @@ print(connect(vsock), accept())
         "EAFNOSUPPORT EAFNOSUPPORT EINVAL ECONNREFUSED EINVAL",
         "ENOTSOCK ENOTSOCK ENOTSOCK ENOTSOCK ENOTSOCK",
         "EINVAL EINVAL EAGAIN EINVAL EAGAIN",
-        "EBADF EBADF",
+        "EBADF EBADF EBADF",
     ]
+
+
+def test_a_copy_of_another_socket_leaves_it_unchanged(vsock: Vsock) -> None:
+    """The supervisor copies the descriptor because its number was a vSockets socket's."""
+    program = """
+import struct
+vsock = socket.socket(40, socket.SOCK_STREAM)
+server = socket.create_server(("127.0.0.1", 0))
+number = vsock.fileno()
+vsock.close()
+client = socket.socket()
+assert client.fileno() == number
+linger = struct.pack("ii", 1, 3)
+client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
+client.connect(server.getsockname())
+time.sleep(0.3)  # the supervisor closes its copy later
+print(client.getsockopt(socket.SOL_SOCKET, socket.SO_LINGER, 8) == linger)
+"""
+    assert run(vsock, program) == ["True"]
 
 
 @pytest.mark.parametrize("kind", ["stream", "seqpacket"])

@@ -44,12 +44,12 @@ class _CloserThreads:
     """Threads that close descriptors; while any of them is blocked, another one is ready."""
 
     def __init__(self) -> None:
-        self._queue: queue.SimpleQueue[tuple[int, Callable[[], None]]] = queue.SimpleQueue()
+        self._queue: queue.SimpleQueue[tuple[int, bool, Callable[[], None]]] = queue.SimpleQueue()
         self._lock = threading.Lock()
         self._threads = self._ready = 0
 
-    def put(self, fd: int, closed: Callable[[], None]) -> None:
-        self._queue.put((fd, closed))
+    def put(self, fd: int, lingers: bool, closed: Callable[[], None]) -> None:
+        self._queue.put((fd, lingers, closed))
         if not self._threads:
             self._ensure_ready()
 
@@ -63,12 +63,13 @@ class _CloserThreads:
 
     def _close_all(self) -> None:
         while True:
-            fd, closed = self._queue.get()
+            fd, lingers, closed = self._queue.get()
             with self._lock:
                 self._ready -= 1
             self._ensure_ready()
-            with contextlib.suppress(OSError):
-                _clear_linger(fd)
+            if not lingers:
+                with contextlib.suppress(OSError):
+                    _clear_linger(fd)
             with contextlib.suppress(OSError):
                 os.close(fd)
             closed()
@@ -92,8 +93,13 @@ _closers = _CloserThreads()
 
 
 def dispose(fd: int, closed: Callable[[], None] = lambda: None) -> None:
-    """Close ``fd`` in another thread, which calls ``closed`` afterwards."""
-    _closers.put(fd, closed)
+    """Close ``fd`` without SO_LINGER in another thread, which calls ``closed`` afterwards."""
+    _closers.put(fd, False, closed)
+
+
+def dispose_of_copy(fd: int) -> None:
+    """Close a copy of another process's descriptor in another thread; leave the file unchanged."""
+    _closers.put(fd, True, lambda: None)
 
 
 def close_in_thread(sock: stdlib.socket) -> None:

@@ -29,7 +29,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from socket import AF_UNIX, MSG_DONTWAIT, SHUT_RDWR, SO_ERROR, SO_TYPE, SOCK_DGRAM, SOL_SOCKET
 
-from .._linux.descriptor_passing import dispose
+from .._linux.descriptor_passing import dispose_of_copy
 from .._linux.inspection import (
     descriptor_count,
     duplicate,
@@ -155,7 +155,7 @@ def end_sockets(
                         if _name(sock) == left[inode]:  # the number may name another socket by now
                             _end(sock, left.pop(inode), (nodes or {}).get(inode))
                         # Descriptors in its unread datagrams can delay the last close.
-                        dispose(sock.detach())
+                        dispose_of_copy(sock.detach())
                 looked += 1
                 if looked % _LOOKS_PER_STEP == 0:
                     yield

@@ -11,7 +11,7 @@ from collections.abc import Awaitable, Callable, Coroutine, Generator
 from socket import SOCK_CLOEXEC, SOCK_NONBLOCK
 from typing import Generic, NamedTuple, TypeVar
 
-from .._linux.descriptor_passing import dispose
+from .._linux.descriptor_passing import dispose_of_copy
 from .._linux.sockets import cookie_of
 from .arch import Architecture
 from .filter import Served
@@ -43,10 +43,10 @@ SocketHandler = Callable[["Call", Endpoint], Answer | Serving]
 
 
 class OtherSocket(OSError):
-    """A descriptor that is not the expected socket: EBADF."""
+    """A descriptor that is not the expected socket, or cannot be copied."""
 
-    def __init__(self) -> None:
-        super().__init__(errno.EBADF, os.strerror(errno.EBADF))
+    def __init__(self, code: int = errno.EBADF) -> None:
+        super().__init__(code, os.strerror(code))
 
 
 class Services(NamedTuple):
@@ -201,10 +201,13 @@ class Call:
 
         Close the copy soon: while it is open, the socket's peer does not see its end.
 
-        Raises OtherSocket if the descriptor is not this socket, CallInterrupted if the call no
-        longer waits.
+        Raises OtherSocket if the descriptor is not this socket or cannot be copied, CallInterrupted
+        if the call no longer waits.
         """
-        fd = self.services.interceptor.duplicate(self.pid, self.arguments[0] & 0xFFFF_FFFF)
+        try:
+            fd = self.services.interceptor.duplicate(self.pid, self.arguments[0] & 0xFFFF_FFFF)
+        except OSError as error:
+            raise OtherSocket(error.errno or errno.EBADF) from None
         try:
             if not self.intercepted.is_waiting():
                 raise CallInterrupted
@@ -213,10 +216,10 @@ class Call:
                 raise OtherSocket
             sock = _socket.socket(_AF_UNIX, endpoint.type, 0, fd)
         except CallInterrupted:
-            dispose(fd)  # it may be any file: closing it can block
+            dispose_of_copy(fd)  # it may be any file: closing it can block
             raise
         except OSError:  # not this socket, or none
-            dispose(fd)
+            dispose_of_copy(fd)
             raise OtherSocket from None
         try:
             cookie = cookie_of(sock)
@@ -225,7 +228,7 @@ class Call:
         if not endpoint.cookie:
             endpoint.cookie = cookie
         elif cookie != endpoint.cookie:
-            dispose(sock.detach())
+            dispose_of_copy(sock.detach())
             raise OtherSocket
         return sock
 

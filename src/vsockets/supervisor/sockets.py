@@ -216,6 +216,10 @@ class Sockets:
         self._known.move_to_end(endpoint.inode)
         return endpoint
 
+    def forget(self, pid: int, descriptor: int) -> None:
+        """Expect nothing of a thread's descriptor, which is another file now."""
+        self._expected.pop((pid, descriptor), None)
+
     def inode_of(self, cookie: int) -> int:
         """Return the inode of the vSockets socket with this cookie, or 0 if it is not known."""
         found = (inode for inode, one in self._known.items() if one and one.cookie == cookie)

@@ -228,7 +228,7 @@ class Supervisor:
             try:
                 return serve(call, expected)
             except OtherSocket:
-                pass
+                self._sockets.forget(call.pid, descriptor)
         return self._dispatch_by_link(call, serve)
 
     def _dispatch_by_link(self, call: Call, serve: SocketHandler) -> Answer | Serving:

@@ -81,10 +81,8 @@ def connect(call: Call, endpoint: Endpoint) -> Answer | Serving:
     """Serve connect(): the errors are those of ``transports.fabric``."""
     if endpoint.is_datagram:
         return datagrams.connect(call, endpoint)
-    # duplicate() proves what was read before it.
-    peer = call.read_address_unchecked(call.arguments[1], call.integer(2))
-    credentials = call.credentials_unchecked()
-    sock = call.duplicate(endpoint)
+    peer, credentials = _read_request(call, endpoint)
+    sock = call.duplicate(endpoint)  # proves what was read before
     rest: Serving | None = None
     try:
         take_reply(endpoint, sock)
@@ -113,6 +111,21 @@ def connect(call: Call, endpoint: Endpoint) -> Answer | Serving:
     finally:
         if rest is None:
             sock.close()
+
+
+def _read_request(
+    call: Call, endpoint: Endpoint
+) -> tuple[tuple[int, int] | None, Credentials | None]:
+    """Return the address and the credentials of a connect; :meth:`.Call.check` proves them later.
+
+    Raises OtherSocket before other errors.
+    """
+    try:
+        peer = call.read_address_unchecked(call.arguments[1], call.integer(2))
+        return peer, call.credentials_unchecked()
+    except OSError:
+        call.duplicate(endpoint).close()
+        raise
 
 
 async def _connect_later(
