@@ -141,6 +141,10 @@ VMCI_PUMP_ROUNDS_PER_TURN = 4
 VMCI_QUEUE_POLL_SECONDS = 0.0002
 VMCI_IDLE_QUEUE_POLLS_MAX = 6
 
+#: Interval at which a device checks if a guest has enabled interrupts, in seconds, while datagrams
+#: wait for that: short beside the 2 seconds of a connect, which they may belong to.
+VMCI_INTERRUPTS_POLL_SECONDS = 0.1
+
 #: Time that a device polls for a guest's reply to a program's message, in seconds, while the two
 #: exchange messages.  A notification takes three exits of the guest.
 VMCI_REPLY_POLL_SECONDS = 0.0005

@@ -257,6 +257,17 @@ class TestMappedRegisters:
         with pytest.raises(BlockingIOError):
             os.eventfd_read(vector)
 
+    def test_no_access_follows_when_interrupts_are_enabled(self, guest: MappingGuest) -> None:
+        """A host's datagram may wait while Linux's driver starts."""
+        (vector, *_) = guest.enable_messages()
+        guest.store(Register.CONTROL, Control.INT_DISABLE)
+        guest.machine.hypervisor.notify_removed(9)
+        with pytest.raises(BlockingIOError):
+            os.eventfd_read(vector)
+        guest.store(Register.CONTROL, Control.INT_ENABLE)
+        turn_until(guest, lambda: guest.load(Register.STATUS) == 1)
+        assert os.eventfd_read(vector) and len(guest.receive()) == 1
+
     def test_interrupts_are_enabled_while_datagrams_wait(self, guest: MappingGuest) -> None:
         (vector, *_) = guest.enable_messages()
         guest.store(Register.CONTROL, Control.INT_DISABLE)

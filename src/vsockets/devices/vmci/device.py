@@ -314,14 +314,15 @@ class VmciDevice:
     Linux's driver reads RESULT_LOW twice after each datagram.  The client maps the registers up to
     RESULT_HIGH (:class:`.MappedArea`), so that these reads send no message.  The driver also writes
     some of them, when it starts and when it ends: the device reads CAPS and IMR when it needs them,
-    and notices a change of CONTROL at the next message or interrupt.  Messages follow soon: an
-    ending driver releases the interrupts before its memory.
+    and notices a change of CONTROL at the next message or interrupt.  Messages follow soon when a
+    driver ends, because it releases the interrupts before its memory; but not when it starts.
 
     ``perform`` is called with each datagram from the guest and returns the result for the guest, or
     None if :meth:`finish` is called with the result before or later.
     ``pio_device`` selects the device with I/O ports, for drivers before Linux 5.18.  ``on_reset``
     is called when the guest restarts, ``on_unmap`` with address and size of memory that the client
-    unmaps, ``on_wake`` when the guest wakes up from sleep.
+    unmaps, ``on_wake`` when the guest wakes up from sleep, ``on_blocked`` when a datagram has to
+    wait until the guest enables interrupts: call :meth:`follow_control` from time to time then.
     """
 
     def __init__(
@@ -331,12 +332,14 @@ class VmciDevice:
         on_reset: Callable[[], None] = lambda: None,
         on_unmap: Callable[[int, int], None] = lambda address, size: None,
         on_wake: Callable[[], None] = lambda: None,
+        on_blocked: Callable[[], None] = lambda: None,
     ) -> None:
         self.memory = GuestMemory()
         self._perform = perform
         self._on_reset = on_reset
         self._on_unmap = on_unmap
         self._on_wake = on_wake
+        self._on_blocked = on_blocked
         self._saved_registers: _Registers | None = None
         vectors = 2 if pio_device else 3
         self.interrupts = Interrupts({Irq.INTX: 1, Irq.MSI: 1, Irq.MSIX: vectors})
@@ -415,6 +418,16 @@ class VmciDevice:
         self._waiting_bytes += len(datagram)
         if len(self._waiting) == 1 or not self._interrupting:
             self._interrupt(_DATAGRAM)
+            if not self._interrupting:
+                self._on_blocked()
+
+    def follow_control(self) -> bool:
+        """Notice that the guest has enabled interrupts by a mapped register.
+
+        Returns whether datagrams still wait for that.
+        """
+        self._follow_control(may_reset=False)
+        return bool(self._waiting) and not self._interrupting
 
     def notify(self) -> None:
         """Interrupt the guest after a change of the notification bitmap."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from ...control import Events
 from ..client import INTERRUPTIONS, DeviceClient, subscribe
+from ..limits import VMCI_INTERRUPTS_POLL_SECONDS
 from ..loop import DeviceLoop
 from .device import VmciDevice
 from .hypervisor import Hypervisor
@@ -30,7 +31,9 @@ class VmciMachine:
         ``pio_device`` selects the device with I/O ports, for drivers before Linux 5.18.
         ``protocol_v1`` selects version 1 of the stream protocol.
         """
+        self._loop = loop
         self._fabric = fabric
+        self._is_polling = False
         self.hypervisor = Hypervisor(cid)
         self.device = VmciDevice(
             self.hypervisor.perform,
@@ -38,6 +41,7 @@ class VmciMachine:
             on_reset=self._reset,
             on_unmap=self.hypervisor.release_memory,
             on_wake=self.hypervisor.notify_resumed,
+            on_blocked=self._poll_for_interrupts,
         )
         self.sockets = VmciTransport(loop, self.hypervisor, fabric, protocol_v1)
         self.hypervisor.device = self.device
@@ -49,6 +53,20 @@ class VmciMachine:
         """Resume receiving datagrams if the guest has room; called after vfio-user messages."""
         if self.device.has_room:
             self._fabric.resume_datagrams()
+
+    def _poll_for_interrupts(self) -> None:
+        """Check at intervals if the guest has enabled interrupts, while datagrams wait for it.
+
+        A starting driver does so by a mapped register, and may then access no other one.
+        """
+        if not self._is_polling:
+            self._is_polling = True
+            self._loop.call_later(VMCI_INTERRUPTS_POLL_SECONDS, self._check_interrupts)
+
+    def _check_interrupts(self) -> None:
+        self._is_polling = False
+        if self.device.follow_control():
+            self._poll_for_interrupts()
 
     def _reset(self) -> None:
         self.hypervisor.reset()
