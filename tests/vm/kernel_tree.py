@@ -132,10 +132,7 @@ def main() -> int:
                 for part in parts or top_level(source):
                     steps(f"check out {part}", "checkout", "HEAD", "--", part)
                 guest.run("forget()")
-                # The mount has new inode numbers now; without them git does not read all files.
-                minimal = "-c", "core.checkStat=minimal"
-                status = steps("status", *minimal, "status", "--porcelain", "--", *parts)
-                assert status == "", status
+                # The mount has new inode numbers now, so git compares the contents.
                 read_back = parts or _READ_BACK
                 status = steps("read back", "status", "--porcelain", "--", *read_back)
                 assert status == "", status
