@@ -80,7 +80,7 @@ def test_the_descriptor_of_an_interrupted_call_is_unproven(disposed: list[int]) 
 
 @pytest.mark.parametrize("code", [errno.EBADF, errno.EPERM])
 def test_a_descriptor_that_cannot_be_copied_is_another_socket(code: int) -> None:
-    """It may be a TCP socket of a process that cannot be read: the kernel performs the call."""
+    """Often a TCP socket of a process that cannot be read: the kernel performs the call."""
 
     def fail(pid: int, number: int) -> int:
         raise OSError(code, os.strerror(code))
