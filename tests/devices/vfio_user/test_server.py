@@ -156,8 +156,7 @@ class TestMappedArea:
             Command.DEVICE_GET_REGION_INFO, REGION_INFO.pack(32, 0, self.INDEX, 0, 0, 0)
         )
         assert isinstance(reply, bytes)
-        room, _, _, capability_at, *_ = REGION_INFO.unpack(reply)
-        assert capability_at == 0
+        room = REGION_INFO.unpack(reply)[0]
         client.send(Command.DEVICE_GET_REGION_INFO, REGION_INFO.pack(room, 0, self.INDEX, 0, 0, 0))
         reply, fds, _, _ = socket.recv_fds(client.sock, 4096, 1)
         reply = reply[HEADER.size :]

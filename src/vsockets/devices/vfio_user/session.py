@@ -243,9 +243,9 @@ class Session:
         flags |= _MMAP | _HAS_CAPABILITIES
         capability_at = needed
         needed += messages.MAPPED_AREA.size
-        if room < needed:  # the client asks again, with enough room
-            return messages.REGION_INFO.pack(needed, flags, index, 0, size, 0)
         info = messages.REGION_INFO.pack(needed, flags, index, capability_at, size, 0)
+        if room < needed:  # the client asks again; QEMU 11.1 refuses an offset of 0 here
+            return info
         capability = messages.MAPPED_AREA.pack(_SPARSE_MMAP, 1, 0, 1, 0, area.offset, area.size)
         return DescriptorReply(info + capability, area.fd)
 
