@@ -239,13 +239,18 @@ class TestMappedRegisters:
         guest.store(Register.CAPS, caps)
         assert guest.device.wide_pages == (Caps.PPN64 in caps)
 
-    def test_interrupts_follow_control_and_mask(self, guest: MappingGuest) -> None:
+    @staticmethod
+    def vector_with_a_waiting_datagram(guest: MappingGuest) -> int:
+        """Return a vector that is not raised, as the guest has not enabled interrupts."""
         (vector, *_) = guest.enable_messages()
         guest.store(Register.CONTROL, Control.INT_DISABLE)
         guest.machine.hypervisor.notify_removed(9)
         with pytest.raises(BlockingIOError):
             os.eventfd_read(vector)
-        # The datagram waits since before the guest enabled interrupts.
+        return vector
+
+    def test_interrupts_follow_control_and_mask(self, guest: MappingGuest) -> None:
+        vector = self.vector_with_a_waiting_datagram(guest)
         guest.store(Register.CONTROL, Control.INT_ENABLE)
         guest.call(Hypercall.GET_CONTEXT_ID)
         assert os.eventfd_read(vector)
@@ -259,11 +264,7 @@ class TestMappedRegisters:
 
     def test_no_access_follows_when_interrupts_are_enabled(self, guest: MappingGuest) -> None:
         """A host's datagram may wait while Linux's driver starts."""
-        (vector, *_) = guest.enable_messages()
-        guest.store(Register.CONTROL, Control.INT_DISABLE)
-        guest.machine.hypervisor.notify_removed(9)
-        with pytest.raises(BlockingIOError):
-            os.eventfd_read(vector)
+        vector = self.vector_with_a_waiting_datagram(guest)
         guest.store(Register.CONTROL, Control.INT_ENABLE)
         turn_until(guest, lambda: guest.load(Register.STATUS) == 1)
         assert os.eventfd_read(vector) and len(guest.receive()) == 1
